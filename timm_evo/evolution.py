@@ -1,0 +1,238 @@
+""" Token evolution on tensors
+
+The steps of `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390,
+one function each. Nothing here knows a model: a model runs its own blocks between `begin_segment` and
+`slow_fast_update`, and evolves the scores with `global_class_attention` beside them.
+
+Each step is one node to symbolic tracing (`torch.fx.wrap`): how many tokens are slow follows from the shape of the
+input, which tracing does not know.
+
+Shapes: B images, P prefix tokens (class, distillation, registers), N patch tokens, K of them slow, C channels, H heads
+of d channels. Sequences are laid out as timm's: prefix first, then the patches in grid order. While a selection is
+open, the blocks see [prefix, slow tokens, representative token].
+"""
+from typing import Optional, Tuple
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.fx.wrap
+def project_query_key(
+        query_tokens: Tensor,
+        tokens: Tensor,
+        qkv_weight: Tensor,
+        qkv_bias: Optional[Tensor],
+        num_heads: int,
+) -> Tuple[Tensor, Tensor]:
+    """Queries of some tokens and keys of all, as the attention module of a timm block computes them.
+
+    Args:
+        query_tokens: Normalised tokens to take queries of (B, T, C).
+        tokens: Normalised tokens to take keys of (B, L, C).
+        qkv_weight: Stacked query, key and value projections (3 * H * d, C).
+        qkv_bias: Their bias (3 * H * d,), if any.
+        num_heads: Number of heads H.
+
+    Returns:
+        Queries (B, H, T, d) and keys (B, H, L, d).
+    """
+    heads = (num_heads, qkv_weight.shape[0] // (3 * num_heads))
+    query_weight, key_weight, _ = qkv_weight.chunk(3)
+    query_bias = None if qkv_bias is None else qkv_bias.chunk(3)[0]
+    key_bias = None if qkv_bias is None else qkv_bias.chunk(3)[1]
+    query = F.linear(query_tokens, query_weight, query_bias).unflatten(2, heads).transpose(1, 2)
+    key = F.linear(tokens, key_weight, key_bias).unflatten(2, heads).transpose(1, 2)
+    return query, key
+
+
+@torch.fx.wrap
+def class_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Attention that the class token pays to every token, summed over the heads.
+
+    Paper: class attention, section "Structure preserving token selection". Half precision is raised to float32: scores
+    are ranked against each other, and half precision ties many of them.
+
+    Args:
+        query: Query of the class token, one per head (B, H, d).
+        keys: Keys of all tokens present, per head (B, H, L, d) or shared by the heads (B, L, d).
+        scale: Factor on the products, 1 / sqrt(d) of the attention.
+
+    Returns:
+        Attention (B, L) in float32 or wider; every row sums to H.
+    """
+    if keys.dim() == 4:
+        logits = (query.unsqueeze(2) @ keys.transpose(2, 3)).squeeze(2)
+    else:
+        logits = query @ keys.transpose(1, 2)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return (logits * scale).softmax(dim=-1).sum(dim=1)
+
+
+@torch.fx.wrap
+def folded_class_attention(
+        query_tokens: Tensor,
+        tokens: Tensor,
+        qkv_weight: Tensor,
+        qkv_bias: Optional[Tensor],
+        num_heads: int,
+        scale: float,
+) -> Tensor:
+    """Class attention without computing a single key.
+
+    There is one query, so the key projection can be applied to it instead of to every token:
+    q . (W_k x + b_k) = (W_k^T q) . x + q . b_k, and the last term, equal for all tokens, drops out of the softmax. This
+    takes H * L * C multiplications instead of L * C * C, and leaves the attention module of the block untouched.
+
+    Args:
+        query_tokens: Normalised tokens whose mean query looks at the others (B, T, C); the class token alone has T = 1.
+        tokens: Normalised tokens present (B, L, C).
+        qkv_weight: Stacked query, key and value projections (3 * H * d, C).
+        qkv_bias: Their bias (3 * H * d,), if any.
+        num_heads: Number of heads H.
+        scale: Factor on the products.
+
+    Returns:
+        Attention (B, L), as `class_attention` gives it.
+    """
+    heads = (num_heads, qkv_weight.shape[0] // (3 * num_heads))
+    query_weight, key_weight, _ = qkv_weight.chunk(3)
+    query_bias = None if qkv_bias is None else qkv_bias.chunk(3)[0]
+    query = F.linear(query_tokens.mean(dim=1), query_weight, query_bias).unflatten(1, heads)  # (B, H, d)
+    query = (query.unsqueeze(2) @ key_weight.unflatten(0, heads)).squeeze(2)  # (B, H, C)
+    return class_attention(query, tokens, scale)
+
+
+@torch.fx.wrap
+def global_class_attention(scores: Optional[Tensor], attention: Tensor, tradeoff: float, slow: Optional[Tensor]) -> Tensor:
+    """Evolve the scores by one block: A <- (1 - alpha) A + alpha a for the tokens that went through it.
+
+    Paper: global class attention, section "Structure preserving token selection". Prefix tokens have scores, too, which
+    nothing reads; so one index serves tokens and scores.
+
+    Args:
+        scores: Scores so far (B, P + N); None before the first block, which sets them.
+        attention: Class attention of the tokens that went through the block (B, P + N), or (B, P + K) and more where a
+            selection is open.
+        tradeoff: alpha, the share of the new attention.
+        slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+
+    Returns:
+        Scores (B, P + N).
+    """
+    if scores is None:
+        return attention
+    if slow is None:
+        return torch.lerp(scores, attention, tradeoff)
+    attention = attention[:, :slow.shape[1]]  # without the representative token
+    return scores.scatter(1, slow, torch.lerp(scores.gather(1, slow), attention, tradeoff))
+
+
+@torch.fx.wrap
+def select_tokens(scores: Tensor, keep_ratio: float, num_prefix_tokens: int) -> Tensor:
+    """Choose the informative tokens of each image, those with the highest scores.
+
+    Paper: section "Structure preserving token selection".
+
+    Args:
+        scores: Global class attention (B, P + N).
+        keep_ratio: Share of the patch tokens on the slow path.
+        num_prefix_tokens: Number of prefix tokens P, which are always on it.
+
+    Returns:
+        Positions in the sequence of the prefix tokens and K = int(keep_ratio * N) slow tokens (B, P + K).
+
+    Raises:
+        ValueError: No patch token would be left on the slow path.
+    """
+    num_patches = scores.shape[1] - num_prefix_tokens
+    num_slow = int(keep_ratio * num_patches)
+    if num_slow < 1:
+        raise ValueError(
+            f'keep_ratio={keep_ratio} of {num_patches} patch tokens leaves none on the slow path, '
+            'use a larger keep_ratio or a larger image.')
+    slow = scores[:, num_prefix_tokens:].topk(num_slow, dim=1)[1] + num_prefix_tokens
+    prefix = torch.arange(num_prefix_tokens, device=slow.device).expand(slow.shape[0], num_prefix_tokens)
+    return torch.cat([prefix, slow], dim=1)
+
+
+@torch.fx.wrap
+def representative_token(x: Tensor, scores: Tensor, slow: Tensor) -> Tensor:
+    """Summarise the placeholder tokens in one, weighted by their share of the scores.
+
+    Paper: representative token, section "Slow-fast token updating".
+
+    Args:
+        x: Full sequence (B, P + N, C).
+        scores: Global class attention (B, P + N).
+        slow: Positions of prefix and slow tokens (B, P + K), which take no part.
+
+    Returns:
+        Representative token (B, 1, C).
+    """
+    weight = scores.scatter(1, slow, 0.)
+    # a floor of about the smallest float32, because the scores of all placeholders can underflow to zero together
+    weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-37)
+    return weight.unsqueeze(1).to(x.dtype) @ x
+
+
+@torch.fx.wrap
+def begin_segment(
+        x: Tensor,
+        scores: Optional[Tensor],
+        keep_ratio: float,
+        num_prefix_tokens: int,
+        fast_update: bool,
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    """Select tokens for the blocks of a segment.
+
+    Args:
+        x: Full sequence (B, P + N, C).
+        scores: Global class attention (B, P + N).
+        keep_ratio: Share of the patch tokens on the slow path; 1 selects nothing.
+        num_prefix_tokens: Number of prefix tokens P.
+        fast_update: Whether a representative token goes through the blocks for the placeholders.
+
+    Returns:
+        What goes through the blocks: [prefix, slow tokens, representative token] (B, P + K + 1, C), without the last if
+            not `fast_update`, or the full sequence.
+        Positions of prefix and slow tokens (B, P + K), or None.
+        Representative token (B, 1, C), or None.
+    """
+    if keep_ratio == 1:
+        return x, None, None
+    assert scores is not None
+    slow = select_tokens(scores, keep_ratio, num_prefix_tokens)
+    tokens = x.gather(1, slow.unsqueeze(2).expand(-1, -1, x.shape[2]))
+    if not fast_update:
+        return tokens, slow, None
+    representative = representative_token(x, scores, slow)
+    return torch.cat([tokens, representative], dim=1), slow, representative
+
+
+@torch.fx.wrap
+def slow_fast_update(x: Tensor, tokens: Tensor, slow: Optional[Tensor], representative: Optional[Tensor]) -> Tensor:
+    """Give the full sequence back after some blocks of a segment.
+
+    Paper: section "Slow-fast token updating". Prefix and slow tokens return to their places; every placeholder is moved
+    by what the blocks added to the representative token, or stays as it was without one.
+
+    Args:
+        x: Full sequence at the beginning of the segment (B, P + N, C).
+        tokens: What came out of the blocks, laid out as by `begin_segment`.
+        slow: Positions of prefix and slow tokens (B, P + K); None where `tokens` is the full sequence.
+        representative: Representative token that went into the blocks (B, 1, C), if any.
+
+    Returns:
+        Full sequence (B, P + N, C).
+    """
+    if slow is None:
+        return tokens
+    index = slow.unsqueeze(2).expand(-1, -1, x.shape[2])
+    if representative is None:
+        return x.scatter(1, index, tokens)
+    # added to all, because the scatter overwrites the others: the placeholders need no index of their own
+    return (x + (tokens[:, -1:] - representative)).scatter(1, index, tokens[:, :-1])

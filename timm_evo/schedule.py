@@ -1,0 +1,113 @@
+""" When tokens are selected
+
+Turns the model arguments into what each block has to do, and refuses those that make no sense. Knows no tensors.
+"""
+from numbers import Real
+from typing import List, NamedTuple, Sequence, Tuple, Union
+
+
+class Schedule(NamedTuple):
+    """What each block has to do, one entry per block.
+
+    Attributes:
+        keep_ratio: Share of the patch tokens that the segment beginning at this block keeps on the slow path; 1 for a
+            dense segment, 0 where no segment begins.
+        scored: Whether a later selection reads the scores of this block.
+        tradeoff: alpha, the share of this block's class attention in the scores.
+    """
+    keep_ratio: List[float]
+    scored: List[bool]
+    tradeoff: List[float]
+
+
+def segments(depth: int, start_block: int, stage_depth: int) -> List[Tuple[int, int]]:
+    """(first, last) block of each segment: the blocks that share one selection.
+
+    Layer-wise selection is `stage_depth=1`; the last segment is shorter where the depth leaves less.
+    """
+    return [(first, min(first + stage_depth, depth) - 1) for first in range(start_block, depth, stage_depth)]
+
+
+def _check_share(name: str, value: float, allowed: str, low_included: bool) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1 or (value == 0 and not low_included):
+        raise ValueError(f'{name}={value!r} is not allowed, it must be a number in {allowed}.')
+    return float(value)
+
+
+def _per_entry(name: str, value: Union[float, Sequence[float]], length: int, entry: str) -> List[float]:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != length:
+            raise ValueError(f'{name}={value!r} has {len(value)} values, it must be one number or one per {entry}, {length}.')
+        return list(value)
+    return [value] * length
+
+
+def make_schedule(
+        depth: int,
+        keep_ratio: Union[float, Sequence[float]],
+        start_block: int,
+        stage_depth: int,
+        selection: str,
+        tradeoff: Union[float, Sequence[float]],
+) -> Schedule:
+    """Work out what each block has to do.
+
+    Args:
+        depth: Number of blocks.
+        keep_ratio: Share of the patch tokens on the slow path, in (0, 1]; one number, or one per segment.
+        start_block: First block that evolves; at least 1, because the scores come from the blocks before it.
+        stage_depth: Blocks per segment in stage-wise selection.
+        selection: 'stage', one selection per segment of `stage_depth` blocks, or 'layer', one per block.
+        tradeoff: alpha in [0, 1]; one number for the evolved blocks (the dense ones before them then take 1, as in the
+            authors' DeiT), or one per block.
+
+    Raises:
+        ValueError: An argument is outside what is allowed; the message names it.
+    """
+    if selection not in ('stage', 'layer'):
+        raise ValueError(f"selection={selection!r} is not known, it must be 'stage' or 'layer'.")
+    if not isinstance(start_block, int) or not 1 <= start_block < depth:
+        raise ValueError(
+            f'start_block={start_block!r} is not allowed, it must be in 1..{depth - 1} for a model of {depth} blocks.')
+    if not isinstance(stage_depth, int) or stage_depth < 1:
+        raise ValueError(f'stage_depth={stage_depth!r} is not allowed, it must be at least 1.')
+
+    ranges = segments(depth, start_block, stage_depth if selection == 'stage' else 1)
+    ratios = [
+        _check_share('keep_ratio', ratio, '(0, 1]', low_included=False)
+        for ratio in _per_entry('keep_ratio', keep_ratio, len(ranges), 'segment')
+    ]
+    alphas = [
+        _check_share('tradeoff', alpha, '[0, 1]', low_included=True)
+        for alpha in _per_entry('tradeoff', tradeoff, depth, 'block')
+    ]
+    if not isinstance(tradeoff, Sequence):
+        alphas[:start_block] = [1.] * start_block
+
+    begins = [0.] * depth
+    for (first, _), ratio in zip(ranges, ratios):
+        begins[first] = ratio
+    return Schedule(begins, _read_scores(begins, alphas), alphas)
+
+
+def cut_schedule(schedule: Schedule, depth: int) -> Schedule:
+    """The schedule of a model that has lost all but its first `depth` blocks; scores for lost selections go, too."""
+    keep_ratio, tradeoff = schedule.keep_ratio[:depth], schedule.tradeoff[:depth]
+    return Schedule(keep_ratio, _read_scores(keep_ratio, tradeoff), tradeoff)
+
+
+def _read_scores(keep_ratio: List[float], tradeoff: List[float]) -> List[bool]:
+    """Whether a later selection reads the scores of each block."""
+    dense = []
+    for i, ratio in enumerate(keep_ratio):
+        dense.append(ratio == 1 if ratio > 0 else dense[i - 1] if i else True)
+
+    scored = [False] * len(keep_ratio)
+    read = False  # going backwards: whether anything from here on reads the scores that come in
+    for i in reversed(range(len(keep_ratio))):
+        scored[i] = read
+        if 0 < keep_ratio[i] < 1:
+            read = True
+        elif dense[i] and tradeoff[i] == 1:
+            read = False  # every token takes the new attention whole, nothing is left of the scores before
+    return scored

@@ -1,0 +1,335 @@
+""" Vision transformers with token evolution
+
+`Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390, over timm's
+vision transformers. Their blocks, embeddings, heads and weights are used as they are: what changes is which tokens go
+through a block.
+"""
+import copy
+import inspect
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, Block, VisionTransformer, init_weights_vit_timm
+from torch import Tensor, nn
+
+from . import evolution
+from .schedule import cut_schedule, make_schedule
+
+__all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve', 'split_evolution_args']
+
+
+class TokenEvolution:
+    """Token evolution for a timm `VisionTransformer`, to stand before it in the bases of a class.
+
+    The blocks stay timm's own. Class attention is computed beside them, and only where a later selection reads it. A
+    model without class token is scored by the attention of its mean patch query.
+
+    Takes the arguments of the timm class and those of `init_evolution`.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        evolution_args, kwargs = split_evolution_args(kwargs)
+        super().__init__(*args, **kwargs)
+        self.init_evolution(**evolution_args)
+
+    def init_evolution(
+            self,
+            keep_ratio: Union[float, Sequence[float]] = 0.5,
+            start_block: int = 4,
+            stage_depth: int = 4,
+            selection: str = 'stage',
+            tradeoff: Union[float, Sequence[float]] = 0.5,
+            fast_update: bool = True,
+            class_head: bool = False,
+    ) -> None:
+        """Set up token evolution in a model that is dense so far.
+
+        Args:
+            keep_ratio: Share of the patch tokens on the slow path, in (0, 1]; one number or one per segment. 1.0 is
+                exactly the dense model.
+            start_block: First block that evolves, at least 1.
+            stage_depth: Blocks per segment in stage-wise selection.
+            selection: 'stage', one selection per segment of `stage_depth` blocks, or 'layer', one per block.
+            tradeoff: Share alpha in [0, 1] of a block's class attention in the scores; one number for all evolved
+                blocks or one per block.
+            fast_update: Update placeholder tokens through the representative token. If False they are only
+                preserved, as in the authors' DeiT.
+            class_head: Second head on the class token beside a patch-mean head (`global_pool='avg'`), as the authors
+                train. Logits are the mean of both heads, or the pair of them in distilled training.
+
+        Raises:
+            ValueError: An argument is outside what is allowed, or leaves no patch token to select.
+            TypeError: The model has blocks that cannot be evolved.
+        """
+        for block in self.blocks:
+            if not isinstance(block, Block) or not isinstance(block.attn, Attention):
+                raise TypeError(
+                    f'{type(block).__name__} with {type(getattr(block, "attn", None)).__name__} cannot be evolved, '
+                    "only timm's Block with Attention can.")
+        self.schedule = make_schedule(len(self.blocks), keep_ratio, start_block, stage_depth, selection, tradeoff)
+        self._check_selection()
+        self.fast_update = fast_update
+        self.qk_norm = any(not isinstance(block.attn.q_norm, nn.Identity) for block in self.blocks)
+        self._init_class_head(class_head)
+
+    def _init_class_head(self, class_head: bool) -> None:
+        if class_head:
+            raise ValueError(f'class_head=True is not allowed, {type(self).__name__} has no patch-mean head beside it.')
+
+    def _check_selection(self) -> None:
+        """Refuse a keep ratio that leaves no slow token in an image of the model's size."""
+        num_patches = self.patch_embed.num_patches
+        for ratio in self.schedule.keep_ratio:
+            if ratio > 0 and int(ratio * num_patches) < 1:
+                raise ValueError(
+                    f'keep_ratio={ratio} of {num_patches} patch tokens leaves none on the slow path, '
+                    f'it must be at least {1 / num_patches:.4g} for this image size.')
+
+    def set_input_size(
+            self,
+            img_size: Optional[Tuple[int, int]] = None,
+            patch_size: Optional[Tuple[int, int]] = None,
+    ) -> None:
+        """Update the input image resolution and patch size, as timm's."""
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        self._check_selection()
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Prune layers not required for specified intermediates, as timm's."""
+        take_indices = super().prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
+        self.schedule = cut_schedule(self.schedule, len(self.blocks))
+        return take_indices
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to the sequence that enters the first block (B, P + N, C)."""
+        x = self.patch_embed(x)
+        x = self._pos_embed(x)
+        x = self.patch_drop(x)
+        return self.norm_pre(x)
+
+    def _forward_blocks(
+            self,
+            x: Tensor,
+            take_indices: List[int],
+            stop: Optional[int] = None,
+    ) -> Tuple[Tensor, List[Tensor]]:
+        """Run the blocks with token evolution.
+
+        Args:
+            x: Sequence (B, P + N, C).
+            take_indices: Blocks whose outputs are wanted.
+            stop: Number of blocks to run, all if None.
+
+        Returns:
+            Full sequence after the last block, and after each of the wanted blocks, (B, P + N, C) each.
+        """
+        num_prefix = self.num_prefix_tokens
+        keep_ratio, scored, tradeoff = self.schedule  # by position, because TorchScript forgets the names
+        intermediates: List[Tensor] = []
+        tokens = x  # what the next block sees
+        scores: Optional[Tensor] = None
+        slow: Optional[Tensor] = None  # positions of the slow tokens, None while every token goes through the blocks
+        representative: Optional[Tensor] = None
+
+        if torch.jit.is_scripting() or stop is None:  # TorchScript can't slice blocks
+            blocks = self.blocks
+        else:
+            blocks = self.blocks[:stop]
+        for i, block in enumerate(blocks):
+            if keep_ratio[i] > 0:
+                x = evolution.slow_fast_update(x, tokens, slow, representative)
+                tokens, slow, representative = evolution.begin_segment(
+                    x, scores, keep_ratio[i], num_prefix, self.fast_update)
+
+            if scored[i]:
+                attn = block.attn
+                y = block.norm1(tokens)
+                num_slow = x.shape[1] if slow is None else slow.shape[1]
+                query = y[:, :1] if self.has_class_token else y[:, num_prefix:num_slow]
+                if self.qk_norm:
+                    q, k = evolution.project_query_key(query, y, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
+                    attention = evolution.class_attention(attn.q_norm(q).mean(dim=2), attn.k_norm(k), attn.scale)
+                else:
+                    attention = evolution.folded_class_attention(
+                        query, y, attn.qkv.weight, attn.qkv.bias, attn.num_heads, attn.scale)
+                scores = evolution.global_class_attention(scores, attention, tradeoff[i], slow)
+
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                tokens = checkpoint(block, tokens)
+            else:
+                tokens = block(tokens)
+            if i in take_indices:
+                intermediates.append(evolution.slow_fast_update(x, tokens, slow, representative))
+
+        return evolution.slow_fast_update(x, tokens, slow, representative), intermediates
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to the full, ordered sequence (B, P + N, C), normalised."""
+        x, _ = self._forward_blocks(self._embed(x), [])
+        return self.norm(x)
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+            output_dict: bool = False,
+            attn_mask: Optional[Tensor] = None,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]], Dict[str, Any]]:
+        """Features that return intermediates, as timm's `VisionTransformer.forward_intermediates`.
+
+        Every intermediate is a whole grid in order: in the middle of a segment, the placeholders are where the
+        representative token has moved them so far.
+
+        Args:
+            x: Images (B, C, H, W).
+            indices: Take last n blocks if int, all if None, select matching indices if sequence.
+            return_prefix_tokens: Return both prefix and spatial intermediate tokens.
+            norm: Apply norm layer to all intermediates.
+            stop_early: Stop iterating over blocks when last desired intermediate hit.
+            output_fmt: 'NCHW' for feature maps (B, C, H / patch, W / patch) or 'NLC' for tokens (B, N, C).
+            intermediates_only: Only return intermediate features.
+            output_dict: Return a dictionary with timm's keys.
+            attn_mask: Must be None: a mask over the grid has no meaning for the tokens of a selection.
+
+        Returns:
+            The final sequence (B, P + N, C) and the intermediates, the intermediates alone, or a dictionary of them.
+        """
+        if attn_mask is not None:
+            raise ValueError('attn_mask is not supported by token evolution, it must be None.')
+        assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        batch_size, _, height, width = x.shape
+
+        x, intermediates = self._forward_blocks(
+            self._embed(x), take_indices, stop=max_index + 1 if stop_early else None)
+        if norm:
+            intermediates = [self.norm(y) for y in intermediates]
+        prefix_tokens = [y[:, :self.num_prefix_tokens] for y in intermediates]
+        intermediates = [y[:, self.num_prefix_tokens:] for y in intermediates]
+        if output_fmt == 'NCHW':
+            H, W = self.patch_embed.dynamic_feat_size((height, width))
+            intermediates = [
+                y.reshape(batch_size, H, W, -1).permute(0, 3, 1, 2).contiguous() for y in intermediates]
+
+        if output_dict:
+            result = {'image_intermediates': intermediates}
+            if self.num_prefix_tokens and return_prefix_tokens:
+                result['image_intermediates_prefix'] = prefix_tokens
+            if not intermediates_only:
+                result['image_features'] = self.norm(x)
+            return result
+
+        if not torch.jit.is_scripting() and self.num_prefix_tokens and return_prefix_tokens:
+            intermediates = list(zip(intermediates, prefix_tokens))
+        if intermediates_only:
+            return intermediates
+        return self.norm(x), intermediates
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
+
+
+class EvoVisionTransformer(TokenEvolution, VisionTransformer):
+    """timm's `VisionTransformer` with token evolution."""
+
+    def _init_class_head(self, class_head: bool) -> None:
+        if class_head and (self.global_pool != 'avg' or not self.has_class_token):
+            raise ValueError(
+                "class_head=True is not allowed, it needs a class token and global_pool='avg', "
+                f'not global_pool={self.global_pool!r}.')
+        self.class_head = class_head
+        self.norm_cls = copy.deepcopy(self.fc_norm) if class_head else nn.Identity()
+        self.head_cls = self._new_head_cls() if class_head else nn.Identity()
+        self.distilled_training = False  # must be True to train each head on a target of its own
+
+    def _new_head_cls(self) -> nn.Module:
+        head_cls = copy.deepcopy(self.head)
+        init_weights_vit_timm(head_cls)
+        return head_cls
+
+    @torch.jit.ignore
+    def get_classifier(self) -> Union[nn.Module, Tuple[nn.Module, nn.Module]]:
+        """The classifier head, or both with `class_head=True`, as timm's `VisionTransformerDistilled`."""
+        return (self.head, self.head_cls) if self.class_head else self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Reset the classifier head, as timm's; the class head goes with the patch-mean pooling."""
+        super().reset_classifier(num_classes, global_pool)
+        if self.class_head and self.global_pool == 'avg':
+            self.head_cls = self._new_head_cls()
+        else:
+            self._init_class_head(False)
+
+    @torch.jit.ignore
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Return the logits of both heads separately while training, as timm's `VisionTransformerDistilled`."""
+        if enable and not self.class_head:
+            raise ValueError('Distilled training needs a second head, create the model with class_head=True.')
+        self.distilled_training = enable
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Normalised sequence (B, P + N, C) to logits (B, num_classes), or to pooled features if `pre_logits`."""
+        x_pool = self.head_drop(self.fc_norm(self.pool(x)))
+        logits = x_pool if pre_logits else self.head(x_pool)
+        if not self.class_head:
+            return logits
+        x_cls = self.head_drop(self.norm_cls(x[:, 0]))
+        logits_cls = x_cls if pre_logits else self.head_cls(x_cls)
+        if self.distilled_training and self.training and not pre_logits and not torch.jit.is_scripting():
+            return logits, logits_cls
+        return (logits + logits_cls) / 2
+
+
+class EvoVisionTransformerDistilled(TokenEvolution, VisionTransformerDistilled):
+    """timm's `VisionTransformerDistilled` with token evolution; the class token's attention gives the scores."""
+
+
+_EVOLVED = {VisionTransformer: EvoVisionTransformer, VisionTransformerDistilled: EvoVisionTransformerDistilled}
+
+
+def split_evolution_args(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Split keyword arguments into those of `TokenEvolution.init_evolution` and the others."""
+    names = inspect.signature(TokenEvolution.init_evolution).parameters
+    return {k: v for k, v in kwargs.items() if k in names}, {k: v for k, v in kwargs.items() if k not in names}
+
+
+def evolve(model: VisionTransformer, **evolution_args) -> TokenEvolution:
+    """Give token evolution to a dense timm model, in place.
+
+    Args:
+        model: A `VisionTransformer` or `VisionTransformerDistilled`.
+        **evolution_args: Arguments of `TokenEvolution.init_evolution`.
+
+    Returns:
+        The same object, its class changed to the evolved one; weights, device and mode as they were.
+
+    Raises:
+        TypeError: The model is of another class, or has blocks that cannot be evolved.
+        ValueError: An argument is outside what is allowed.
+    """
+    dense_cls = type(model)
+    if dense_cls not in _EVOLVED:
+        allowed = ', '.join(cls.__name__ for cls in _EVOLVED)
+        raise TypeError(f'{dense_cls.__name__} cannot be evolved, only {allowed} can.')
+    model.__class__ = _EVOLVED[dense_cls]
+    try:
+        model.init_evolution(**evolution_args)
+    except (TypeError, ValueError):
+        model.__class__ = dense_cls
+        raise
+    return model
