@@ -3,20 +3,19 @@
 From the names of https://github.com/YifanXu74/Evo-ViT to those of timm's models.
 """
 import re
-from typing import Dict, List, Tuple
 
 import torch
 from torch import Tensor
 
-# official name -> name here; the projections of queries and keys (`qks`) and of values (`vs`) are joined to timm's `qkv`
-_DEIT_NAMES: List[Tuple[str, str]] = [
+# official name -> name here; the projections of queries and keys (`qks`) and of values (`vs`) are joined beside
+_DEIT_NAMES: list[tuple[str, str]] = [
     (r'norms\.(\d+)\.', r'blocks.\1.norm1.'),
     (r'projs\.(\d+)\.', r'blocks.\1.attn.proj.'),
     (r'norm\.', r'fc_norm.'),
 ]
 
 
-def from_official(state_dict: Dict[str, Tensor], class_head: bool = True) -> Dict[str, Tensor]:
+def from_official(state_dict: dict[str, Tensor], class_head: bool = True) -> dict[str, Tensor]:
     """Map the state dict of an official Evo-ViT DeiT onto `EvoVisionTransformer`.
 
     The model to load it into has `global_pool='avg'` and, to compute the same, `fast_update=False`. The authors train

@@ -8,10 +8,19 @@ from dataclasses import replace
 from functools import partial
 
 import timm
+from torch.torch_version import TorchVersion
+
+TIMM_MIN_VERSION = '1.0.13'  # as in setup.cfg
+if TorchVersion(timm.__version__) < TIMM_MIN_VERSION:  # before the imports that an older timm fails
+    raise ImportError(f'timm-evo needs timm>={TIMM_MIN_VERSION}, found timm {timm.__version__}.')
+
 from timm.models import (
+    PretrainedCfg,
+    VisionTransformer,
     build_model_with_cfg,
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
     model_entrypoint,
     register_model,
 )
@@ -25,7 +34,7 @@ __all__ = []  # register_model adds each entrypoint
 default_cfgs = {}
 
 
-def _create_evolved(variant: str, dense: str, pretrained: bool = False, **kwargs):
+def _create_evolved(variant: str, dense: str, pretrained: bool = False, **kwargs) -> VisionTransformer:
     """Build timm's `dense` model with token evolution, under the name `variant`."""
 
     def build(**kwargs):
@@ -43,25 +52,23 @@ def _create_evolved(variant: str, dense: str, pretrained: bool = False, **kwargs
     )
 
 
-def _register(variant: str, dense: str, **cfg_overlay) -> None:
-    """Register `variant`, timm's `dense` model with token evolution.
+def _register(variant: str, dense: str, cfgs: dict[str, PretrainedCfg]) -> None:
+    """Register `variant`, timm's `dense` model with token evolution, with pretrained configurations by name and tag."""
+    default_cfgs.update(generate_default_cfgs(cfgs))
 
-    Args:
-        variant: Name of the evolved model.
-        dense: Name of timm's dense model.
-        **cfg_overlay: Where the pretrained configuration differs from the dense model's.
-    """
-    default_cfgs.update(generate_default_cfgs({
-        name.replace(dense, variant): replace(cfg, **cfg_overlay)
-        for name, cfg in get_arch_pretrained_cfgs(dense).items()
-    }))
-
-    def entrypoint(pretrained: bool = False, **kwargs):
+    def entrypoint(pretrained: bool = False, **kwargs) -> VisionTransformer:
         return _create_evolved(variant, dense, pretrained=pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = variant
     entrypoint.__doc__ = f"timm's `{dense}` with token evolution (https://arxiv.org/abs/2108.01390)."
     globals()[variant] = register_model(entrypoint)
+
+
+def _register_twin(dense: str) -> None:
+    """Register `evo_<dense>` with the weights of timm's `dense` model."""
+    variant = f'evo_{dense}'
+    cfgs = get_arch_pretrained_cfgs(dense)
+    _register(variant, dense, {name.replace(dense, variant): cfg for name, cfg in cfgs.items()})
 
 
 for _dense in (
@@ -75,4 +82,9 @@ for _dense in (
     'deit_base_distilled_patch16_384',
     'test_vit',
 ):
-    _register(f'evo_{_dense}', _dense)
+    _register_twin(_dense)
+
+# The authors train DeiT-S at 384, too, which timm has no dense model of: no weights, and the input of DeiT-B at 384.
+_register('evo_deit_small_patch16_384', 'deit_small_patch16_224', {
+    'evo_deit_small_patch16_384': replace(get_pretrained_cfg('deit_base_patch16_384'), url='', hf_hub_id=None),
+})

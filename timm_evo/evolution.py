@@ -11,7 +11,6 @@ Shapes: B images, P prefix tokens (class, distillation, registers), N patch toke
 of d channels. Sequences are laid out as timm's: prefix first, then the patches in grid order. While a selection is
 open, the blocks see [prefix, slow tokens, representative token].
 """
-from typing import Optional, Tuple
 
 import torch
 import torch.fx
@@ -24,9 +23,9 @@ def project_query_key(
         query_tokens: Tensor,
         tokens: Tensor,
         qkv_weight: Tensor,
-        qkv_bias: Optional[Tensor],
+        qkv_bias: Tensor | None,
         num_heads: int,
-) -> Tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Queries of some tokens and keys of all, as the attention module of a timm block computes them.
 
     Args:
@@ -77,7 +76,7 @@ def folded_class_attention(
         query_tokens: Tensor,
         tokens: Tensor,
         qkv_weight: Tensor,
-        qkv_bias: Optional[Tensor],
+        qkv_bias: Tensor | None,
         num_heads: int,
         scale: float,
 ) -> Tensor:
@@ -107,7 +106,12 @@ def folded_class_attention(
 
 
 @torch.fx.wrap
-def global_class_attention(scores: Optional[Tensor], attention: Tensor, tradeoff: float, slow: Optional[Tensor]) -> Tensor:
+def global_class_attention(
+        scores: Tensor | None,
+        attention: Tensor,
+        tradeoff: float,
+        slow: Tensor | None,
+) -> Tensor:
     """Evolve the scores by one block: A <- (1 - alpha) A + alpha a for the tokens that went through it.
 
     Paper: global class attention, section "Structure preserving token selection". Prefix tokens have scores, too, which
@@ -182,11 +186,11 @@ def representative_token(x: Tensor, scores: Tensor, slow: Tensor) -> Tensor:
 @torch.fx.wrap
 def begin_segment(
         x: Tensor,
-        scores: Optional[Tensor],
+        scores: Tensor | None,
         keep_ratio: float,
         num_prefix_tokens: int,
         fast_update: bool,
-) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Select tokens for the blocks of a segment.
 
     Args:
@@ -214,7 +218,7 @@ def begin_segment(
 
 
 @torch.fx.wrap
-def slow_fast_update(x: Tensor, tokens: Tensor, slow: Optional[Tensor], representative: Optional[Tensor]) -> Tensor:
+def slow_fast_update(x: Tensor, tokens: Tensor, slow: Tensor | None, representative: Tensor | None) -> Tensor:
     """Give the full sequence back after some blocks of a segment.
 
     Paper: section "Slow-fast token updating". Prefix and slow tokens return to their places; every placeholder is moved

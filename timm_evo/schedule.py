@@ -2,8 +2,9 @@
 
 Turns the model arguments into what each block has to do, and refuses those that make no sense. Knows no tensors.
 """
+from collections.abc import Sequence
 from numbers import Real
-from typing import List, NamedTuple, Sequence, Tuple, Union
+from typing import NamedTuple
 
 
 class Schedule(NamedTuple):
@@ -15,12 +16,12 @@ class Schedule(NamedTuple):
         scored: Whether a later selection reads the scores of this block.
         tradeoff: alpha, the share of this block's class attention in the scores.
     """
-    keep_ratio: List[float]
-    scored: List[bool]
-    tradeoff: List[float]
+    keep_ratio: list[float]
+    scored: list[bool]
+    tradeoff: list[float]
 
 
-def segments(depth: int, start_block: int, stage_depth: int) -> List[Tuple[int, int]]:
+def segments(depth: int, start_block: int, stage_depth: int) -> list[tuple[int, int]]:
     """(first, last) block of each segment: the blocks that share one selection.
 
     Layer-wise selection is `stage_depth=1`; the last segment is shorter where the depth leaves less.
@@ -29,26 +30,28 @@ def segments(depth: int, start_block: int, stage_depth: int) -> List[Tuple[int, 
 
 
 def _check_share(name: str, value: float, allowed: str, low_included: bool) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1 or (value == 0 and not low_included):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1 or (value == 0 and not low_included):
         raise ValueError(f'{name}={value!r} is not allowed, it must be a number in {allowed}.')
     return float(value)
 
 
-def _per_entry(name: str, value: Union[float, Sequence[float]], length: int, entry: str) -> List[float]:
+def _per_entry(name: str, value: float | Sequence[float], length: int, entry: str) -> list[float]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != length:
-            raise ValueError(f'{name}={value!r} has {len(value)} values, it must be one number or one per {entry}, {length}.')
+            raise ValueError(
+                f'{name}={value!r} has {len(value)} values, it must be one number or one per {entry}, {length} here.')
         return list(value)
     return [value] * length
 
 
 def make_schedule(
         depth: int,
-        keep_ratio: Union[float, Sequence[float]],
+        keep_ratio: float | Sequence[float],
         start_block: int,
         stage_depth: int,
         selection: str,
-        tradeoff: Union[float, Sequence[float]],
+        tradeoff: float | Sequence[float],
 ) -> Schedule:
     """Work out what each block has to do.
 
@@ -85,7 +88,7 @@ def make_schedule(
         alphas[:start_block] = [1.] * start_block
 
     begins = [0.] * depth
-    for (first, _), ratio in zip(ranges, ratios):
+    for (first, _), ratio in zip(ranges, ratios, strict=True):
         begins[first] = ratio
     return Schedule(begins, _read_scores(begins, alphas), alphas)
 
@@ -96,7 +99,7 @@ def cut_schedule(schedule: Schedule, depth: int) -> Schedule:
     return Schedule(keep_ratio, _read_scores(keep_ratio, tradeoff), tradeoff)
 
 
-def _read_scores(keep_ratio: List[float], tradeoff: List[float]) -> List[bool]:
+def _read_scores(keep_ratio: list[float], tradeoff: list[float]) -> list[bool]:
     """Whether a later selection reads the scores of each block."""
     dense = []
     for i, ratio in enumerate(keep_ratio):

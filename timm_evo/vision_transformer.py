@@ -6,7 +6,8 @@ through a block.
 """
 import copy
 import inspect
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.models import checkpoint
@@ -19,6 +20,11 @@ from . import evolution
 from .schedule import cut_schedule, make_schedule
 
 __all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve', 'split_evolution_args']
+
+
+def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if isinstance(attn_mask, Tensor) or (isinstance(is_causal, bool) and is_causal):
+        raise ValueError('Token evolution takes no attention mask, attn_mask must be None and is_causal False.')
 
 
 class TokenEvolution:
@@ -37,11 +43,11 @@ class TokenEvolution:
 
     def init_evolution(
             self,
-            keep_ratio: Union[float, Sequence[float]] = 0.5,
+            keep_ratio: float | Sequence[float] = 0.5,
             start_block: int = 4,
             stage_depth: int = 4,
             selection: str = 'stage',
-            tradeoff: Union[float, Sequence[float]] = 0.5,
+            tradeoff: float | Sequence[float] = 0.5,
             fast_update: bool = True,
             class_head: bool = False,
     ) -> None:
@@ -90,8 +96,8 @@ class TokenEvolution:
 
     def set_input_size(
             self,
-            img_size: Optional[Tuple[int, int]] = None,
-            patch_size: Optional[Tuple[int, int]] = None,
+            img_size: tuple[int, int] | None = None,
+            patch_size: tuple[int, int] | None = None,
     ) -> None:
         """Update the input image resolution and patch size, as timm's."""
         super().set_input_size(img_size=img_size, patch_size=patch_size)
@@ -99,10 +105,10 @@ class TokenEvolution:
 
     def prune_intermediate_layers(
             self,
-            indices: Union[int, List[int]] = 1,
+            indices: int | list[int] = 1,
             prune_norm: bool = False,
             prune_head: bool = True,
-    ) -> List[int]:
+    ) -> list[int]:
         """Prune layers not required for specified intermediates, as timm's."""
         take_indices = super().prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
         self.schedule = cut_schedule(self.schedule, len(self.blocks))
@@ -118,9 +124,9 @@ class TokenEvolution:
     def _forward_blocks(
             self,
             x: Tensor,
-            take_indices: List[int],
-            stop: Optional[int] = None,
-    ) -> Tuple[Tensor, List[Tensor]]:
+            take_indices: list[int],
+            stop: int | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run the blocks with token evolution.
 
         Args:
@@ -133,11 +139,11 @@ class TokenEvolution:
         """
         num_prefix = self.num_prefix_tokens
         keep_ratio, scored, tradeoff = self.schedule  # by position, because TorchScript forgets the names
-        intermediates: List[Tensor] = []
+        intermediates: list[Tensor] = []
         tokens = x  # what the next block sees
-        scores: Optional[Tensor] = None
-        slow: Optional[Tensor] = None  # positions of the slow tokens, None while every token goes through the blocks
-        representative: Optional[Tensor] = None
+        scores: Tensor | None = None
+        slow: Tensor | None = None  # positions of the slow tokens, None while every token goes through the blocks
+        representative: Tensor | None = None
 
         if torch.jit.is_scripting() or stop is None:  # TorchScript can't slice blocks
             blocks = self.blocks
@@ -171,23 +177,38 @@ class TokenEvolution:
 
         return evolution.slow_fast_update(x, tokens, slow, representative), intermediates
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to the full, ordered sequence (B, P + N, C), normalised."""
+    # `forward` is timm's own. It passes a mask on, and where it is traced symbolically, that is a proxy for none.
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Pass images through embedding, blocks and norm.
+
+        Args:
+            x: Images (B, C, H, W).
+            attn_mask: Must be None, a mask over the grid has no meaning for the tokens of a selection.
+            is_causal: Must be False, likewise.
+
+        Returns:
+            Full, ordered sequence (B, P + N, C).
+
+        Raises:
+            ValueError: A mask is given.
+        """
+        _refuse_mask(attn_mask, is_causal)
         x, _ = self._forward_blocks(self._embed(x), [])
         return self.norm(x)
 
     def forward_intermediates(
             self,
             x: Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
+            indices: int | list[int] | None = None,
             return_prefix_tokens: bool = False,
             norm: bool = False,
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
             output_dict: bool = False,
-            attn_mask: Optional[Tensor] = None,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]], Dict[str, Any]]:
+            attn_mask: Tensor | None = None,
+            is_causal: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Any]:
         """Features that return intermediates, as timm's `VisionTransformer.forward_intermediates`.
 
         Every intermediate is a whole grid in order: in the middle of a segment, the placeholders are where the
@@ -202,13 +223,16 @@ class TokenEvolution:
             output_fmt: 'NCHW' for feature maps (B, C, H / patch, W / patch) or 'NLC' for tokens (B, N, C).
             intermediates_only: Only return intermediate features.
             output_dict: Return a dictionary with timm's keys.
-            attn_mask: Must be None: a mask over the grid has no meaning for the tokens of a selection.
+            attn_mask: Must be None, a mask over the grid has no meaning for the tokens of a selection.
+            is_causal: Must be False, likewise.
 
         Returns:
             The final sequence (B, P + N, C) and the intermediates, the intermediates alone, or a dictionary of them.
+
+        Raises:
+            ValueError: A mask is given.
         """
-        if attn_mask is not None:
-            raise ValueError('attn_mask is not supported by token evolution, it must be None.')
+        _refuse_mask(attn_mask, is_causal)
         assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         batch_size, _, height, width = x.shape
@@ -233,15 +257,10 @@ class TokenEvolution:
             return result
 
         if not torch.jit.is_scripting() and self.num_prefix_tokens and return_prefix_tokens:
-            intermediates = list(zip(intermediates, prefix_tokens))
+            intermediates = list(zip(intermediates, prefix_tokens, strict=True))
         if intermediates_only:
             return intermediates
         return self.norm(x), intermediates
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.forward_features(x)
-        x = self.forward_head(x)
-        return x
 
 
 class EvoVisionTransformer(TokenEvolution, VisionTransformer):
@@ -253,27 +272,22 @@ class EvoVisionTransformer(TokenEvolution, VisionTransformer):
                 "class_head=True is not allowed, it needs a class token and global_pool='avg', "
                 f'not global_pool={self.global_pool!r}.')
         self.class_head = class_head
-        self.norm_cls = copy.deepcopy(self.fc_norm) if class_head else nn.Identity()
-        self.head_cls = self._new_head_cls() if class_head else nn.Identity()
+        # copies, so that dtype, device and mode are those of the pooled head
+        self.norm_cls = copy.deepcopy(self.fc_norm) if class_head else nn.Identity().train(self.training)
+        self.head_cls = copy.deepcopy(self.head) if class_head else nn.Identity().train(self.training)
+        init_weights_vit_timm(self.head_cls)
         self.distilled_training = False  # must be True to train each head on a target of its own
 
-    def _new_head_cls(self) -> nn.Module:
-        head_cls = copy.deepcopy(self.head)
-        init_weights_vit_timm(head_cls)
-        return head_cls
-
     @torch.jit.ignore
-    def get_classifier(self) -> Union[nn.Module, Tuple[nn.Module, nn.Module]]:
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
         """The classifier head, or both with `class_head=True`, as timm's `VisionTransformerDistilled`."""
         return (self.head, self.head_cls) if self.class_head else self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Reset the classifier head, as timm's; the class head goes with the patch-mean pooling."""
         super().reset_classifier(num_classes, global_pool)
-        if self.class_head and self.global_pool == 'avg':
-            self.head_cls = self._new_head_cls()
-        else:
-            self._init_class_head(False)
+        if self.class_head:
+            self._init_class_head(self.global_pool == 'avg')
 
     @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
@@ -302,7 +316,7 @@ class EvoVisionTransformerDistilled(TokenEvolution, VisionTransformerDistilled):
 _EVOLVED = {VisionTransformer: EvoVisionTransformer, VisionTransformerDistilled: EvoVisionTransformerDistilled}
 
 
-def split_evolution_args(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+def split_evolution_args(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split keyword arguments into those of `TokenEvolution.init_evolution` and the others."""
     names = inspect.signature(TokenEvolution.init_evolution).parameters
     return {k: v for k, v in kwargs.items() if k in names}, {k: v for k, v in kwargs.items() if k not in names}
