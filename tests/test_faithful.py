@@ -31,7 +31,8 @@ class Reference:
 
     def model(self, mode: str, class_head: bool) -> EvoVisionTransformer:
         model = EvoVisionTransformer(
-            **{k: int(self.config[k]) for k in ('img_size', 'patch_size', 'embed_dim', 'depth', 'num_heads', 'num_classes')},
+            **{k: int(self.config[k]) for k in ('img_size', 'patch_size', 'num_classes')},
+            **{k: int(self.config[k]) for k in ('embed_dim', 'depth', 'num_heads')},
             global_pool='avg',
             keep_ratio=float(self.config['keep_ratio']),
             tradeoff=json.loads(self.config['tradeoff']),

@@ -1,0 +1,82 @@
+"""Token evolution once more, written to be obvious: one image at a time, whole attention matrices, lists of tokens."""
+import torch
+from torch import Tensor
+
+
+def evolve_slowly(
+        model,
+        images: Tensor,
+        keep_ratios: dict[int, float],
+        tradeoff: list[float],
+        fast_update: bool,
+) -> list[Tensor]:
+    """Run the blocks of a timm ViT with token evolution.
+
+    Args:
+        model: The ViT whose embedding and blocks are used.
+        images: Images (B, C, H, W).
+        keep_ratios: Share of slow tokens by the first block of each segment.
+        tradeoff: alpha of each block.
+        fast_update: Whether placeholders follow the representative token.
+
+    Returns:
+        Full sequences (B, P + N, C) after each block.
+    """
+    sequences = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    per_image = [_evolve_image(model, x, keep_ratios, tradeoff, fast_update) for x in sequences]
+    return [torch.stack(outputs) for outputs in zip(*per_image, strict=True)]
+
+
+def _evolve_image(model, x, keep_ratios, tradeoff, fast_update) -> list[Tensor]:
+    num_prefix = model.num_prefix_tokens
+    prefix, patches = list(x[:num_prefix]), list(x[num_prefix:])
+    scores = None
+    slow = list(range(len(patches)))  # patches that go through the blocks
+    representative = None
+    outputs = []
+    for i, block in enumerate(model.blocks):
+        if i in keep_ratios:
+            representative = None
+            ranked = sorted(range(len(patches)), key=lambda j: -1 if scores is None else -scores[j].item())
+            slow = ranked[:int(keep_ratios[i] * len(patches))]
+            placeholders = ranked[len(slow):]
+            if placeholders and fast_update:
+                total = sum(scores[j] for j in placeholders)
+                representative = sum(scores[j] / total * patches[j] for j in placeholders)
+
+        tokens = prefix + [patches[j] for j in slow] + ([] if representative is None else [representative])
+        tokens, attention = _block(model, block, torch.stack(tokens), len(slow))
+
+        attention = attention[num_prefix:num_prefix + len(slow)]
+        if scores is None:
+            scores = list(attention)
+        else:
+            for j, a in zip(slow, attention, strict=True):
+                scores[j] = (1 - tradeoff[i]) * scores[j] + tradeoff[i] * a
+
+        prefix = list(tokens[:num_prefix])
+        for j, token in zip(slow, tokens[num_prefix:], strict=False):
+            patches[j] = token
+        if representative is not None:
+            residual = tokens[-1] - representative
+            for j in range(len(patches)):
+                if j not in slow:
+                    patches[j] = patches[j] + residual
+            representative = tokens[-1]
+        outputs.append(torch.stack(prefix + patches))
+    return outputs
+
+
+def _block(model, block, x: Tensor, num_slow: int) -> tuple[Tensor, Tensor]:
+    """One block on the tokens (L, C) of one image, and the attention (L,) that scores them."""
+    attn, num_tokens = block.attn, len(x)
+    q, k, v = attn.qkv(block.norm1(x)).reshape(num_tokens, 3, attn.num_heads, -1).permute(1, 2, 0, 3)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    out = (q @ k.transpose(1, 2) * attn.scale).softmax(-1) @ v
+
+    num_prefix = model.num_prefix_tokens
+    query = q[:, 0] if model.has_class_token else q[:, num_prefix:num_prefix + num_slow].mean(1)
+    attention = ((query.unsqueeze(1) * k).sum(-1) * attn.scale).softmax(-1).sum(0)
+
+    x = x + block.ls1(attn.proj(out.transpose(0, 1).reshape(num_tokens, -1)))
+    return x + block.ls2(block.mlp(block.norm2(x))), attention

@@ -1,0 +1,94 @@
+"""Bad input is refused before any work, by a message that names the argument, the value and what is allowed."""
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_evo import EvoVisionTransformer, vision_transformer
+
+NAME = 'evo_deit_tiny_patch16_224'
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(keep_ratio=0.0), r'keep_ratio=0.0 .* \(0, 1\]'),
+    (dict(keep_ratio=1.5), r'keep_ratio=1.5 .* \(0, 1\]'),
+    (dict(keep_ratio=-0.5), r'keep_ratio=-0.5 .* \(0, 1\]'),
+    (dict(keep_ratio=float('nan')), r'keep_ratio=nan .* \(0, 1\]'),
+    (dict(keep_ratio='half'), r"keep_ratio='half' .* \(0, 1\]"),
+    (dict(keep_ratio=True), r'keep_ratio=True .* \(0, 1\]'),
+    (dict(keep_ratio=(0.5, 0.0)), r'keep_ratio=0.0 .* \(0, 1\]'),
+    (dict(keep_ratio=(0.5, 0.5, 0.5)), r'keep_ratio=\(0.5, 0.5, 0.5\) has 3 values, .* one per segment, 2'),
+    (dict(keep_ratio=[0.5], selection='layer'), r'keep_ratio=\[0.5\] has 1 values, .* one per segment, 8'),
+    (dict(start_block=12), r'start_block=12 .* 1..11 for a model of 12 blocks'),
+    (dict(start_block=0), r'start_block=0 .* 1..11'),
+    (dict(start_block=1.5), r'start_block=1.5 .* 1..11'),
+    (dict(stage_depth=0), r'stage_depth=0 .* at least 1'),
+    (dict(selection='token'), r"selection='token' .* 'stage' or 'layer'"),
+    (dict(tradeoff=1.1), r'tradeoff=1.1 .* \[0, 1\]'),
+    (dict(tradeoff=-0.1), r'tradeoff=-0.1 .* \[0, 1\]'),
+    (dict(tradeoff=[0.5] * 11), r'tradeoff=.* has 11 values, .* one per block, 12'),
+    (dict(keep_ratio=0.005), r'keep_ratio=0.005 of 196 patch tokens leaves none'),
+    (dict(class_head=True), r"class_head=True .* global_pool='avg', not global_pool='token'"),
+])
+def test_argument_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(NAME, **arguments)
+    with pytest.raises(ValueError, match=message):
+        EvoVisionTransformer(**arguments)
+
+
+def test_class_head_of_a_distilled_model():
+    with pytest.raises(ValueError, match='class_head=True'):
+        timm.create_model('evo_deit_tiny_distilled_patch16_224', class_head=True)
+
+
+def test_class_head_without_class_token():
+    with pytest.raises(ValueError, match='class_head=True .* class token'):
+        EvoVisionTransformer(class_token=False, global_pool='avg', class_head=True)
+
+
+def test_unknown_argument():
+    with pytest.raises(TypeError, match='keep_ration'):
+        timm.create_model(NAME, keep_ration=0.5)
+
+
+def test_distilled_training_without_a_second_head():
+    with pytest.raises(ValueError, match='class_head=True'):
+        timm.create_model(NAME).set_distilled_training(True)
+
+
+def test_an_image_too_small_to_select_from():
+    model = timm.create_model('evo_test_vit', keep_ratio=0.1)
+    with pytest.raises(ValueError, match='keep_ratio=0.1 of 4 patch tokens leaves none'):
+        model(torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match='keep_ratio=0.1 of 4 patch tokens leaves none'):
+        model.set_input_size(img_size=(32, 32))
+
+
+@pytest.mark.parametrize('mask', [dict(attn_mask=torch.ones(197, 197)), dict(is_causal=True)])
+def test_attention_masks(mask):
+    model = timm.create_model(NAME)
+    with pytest.raises(ValueError, match='attn_mask must be None'):
+        model.forward_features(torch.randn(1, 3, 224, 224), **mask)
+
+
+def test_blocks_that_cannot_be_evolved_are_named():
+    with pytest.raises(TypeError, match='ParallelThingsBlock .* cannot be evolved'):
+        EvoVisionTransformer(depth=2, start_block=1, block_fn=timm.models.vision_transformer.ParallelThingsBlock)
+
+
+def test_models_that_cannot_be_evolved_are_named_and_left_alone():
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match='Linear cannot be evolved, only VisionTransformer'):
+        vision_transformer.evolve(model)
+    dense = timm.create_model('test_vit')
+    with pytest.raises(ValueError, match='start_block=6'):
+        vision_transformer.evolve(dense, start_block=6)
+    assert type(dense) is timm.models.VisionTransformer
+
+
+def test_weights_that_do_not_exist():
+    with pytest.raises((RuntimeError, AssertionError)):
+        timm.create_model(f'{NAME}.no_such_tag')
+    with pytest.raises(RuntimeError):
+        timm.create_model('evo_deit_small_patch16_384', pretrained=True)

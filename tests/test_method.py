@@ -1,0 +1,218 @@
+"""The method: what a model computes, against an obvious implementation, and what follows from its definition."""
+import random
+
+import pytest
+import timm
+import torch
+from slow_evolution import evolve_slowly
+
+from timm_evo import EvoVisionTransformer, EvoVisionTransformerDistilled, evolution
+from timm_evo.schedule import make_schedule, segments
+
+SMALL = dict(img_size=24, patch_size=4, embed_dim=24, depth=7, num_heads=3, num_classes=5)
+KINDS = {
+    'class token': dict(),
+    'registers': dict(reg_tokens=3),
+    'no class token': dict(class_token=False, global_pool='avg'),
+    'registers only': dict(class_token=False, reg_tokens=2, global_pool='avg'),
+    'layer scale': dict(init_values=0.5),
+    'qk norm': dict(qk_norm=True),
+    'qk norm, no class token': dict(qk_norm=True, class_token=False, global_pool='avg'),
+    'no qkv bias': dict(qkv_bias=False, pre_norm=True),
+    'distilled': dict(distilled=True),
+}
+
+
+def build(distilled: bool = False, seed: int = 0, **kwargs) -> EvoVisionTransformer:
+    """A small model in float64, with weights far enough from zero for attention to differ between tokens."""
+    torch.manual_seed(seed)
+    model = (EvoVisionTransformerDistilled if distilled else EvoVisionTransformer)(**(SMALL | kwargs)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def random_settings(seed: int) -> dict:
+    rng = random.Random(seed)
+    depth, start_block, stage_depth = SMALL['depth'], rng.randint(1, 6), rng.randint(1, 4)
+    selection = rng.choice(['stage', 'layer'])
+    num_segments = len(segments(depth, start_block, stage_depth if selection == 'stage' else 1))
+    return dict(
+        start_block=start_block,
+        stage_depth=stage_depth,
+        selection=selection,
+        fast_update=rng.random() < 0.7,
+        keep_ratio=rng.choice([rng.uniform(0.05, 0.95), [rng.choice([0.2, 0.6, 1.0]) for _ in range(num_segments)]]),
+        tradeoff=rng.choice([rng.random(), [rng.choice([0.0, 0.4, 1.0]) for _ in range(depth)]]),
+    )
+
+
+def slow_arguments(settings: dict) -> dict:
+    """Settings as the slow implementation takes them, worked out independently."""
+    depth, start = SMALL['depth'], settings['start_block']
+    step = settings['stage_depth'] if settings['selection'] == 'stage' else 1
+    firsts = list(range(start, depth, step))
+    ratio, alpha = settings['keep_ratio'], settings['tradeoff']
+    return dict(
+        keep_ratios=dict(zip(firsts, ratio if isinstance(ratio, list) else [ratio] * len(firsts), strict=True)),
+        tradeoff=alpha if isinstance(alpha, list) else [1.0] * start + [alpha] * (depth - start),
+        fast_update=settings['fast_update'],
+    )
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('seed', range(4))
+@torch.no_grad()
+def test_equals_the_obvious_implementation(kind, seed):
+    settings = random_settings(100 * seed + list(KINDS).index(kind))
+    model = build(seed=seed, **KINDS[kind], **settings)
+    images = torch.randn(3, 3, 24, 24, dtype=torch.float64)
+
+    expected = evolve_slowly(model, images, **slow_arguments(settings))
+    final, intermediates = model.forward_intermediates(images, output_fmt='NLC', return_prefix_tokens=True)
+    if model.num_prefix_tokens:
+        intermediates = [torch.cat([prefix, patches], dim=1) for patches, prefix in intermediates]
+    for i, (actual, wanted) in enumerate(zip(intermediates, expected, strict=True)):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-9, msg=lambda m, i=i: f'block {i}, {settings}: {m}')
+    torch.testing.assert_close(final, model.norm(expected[-1]), rtol=0, atol=1e-9)
+    torch.testing.assert_close(model(images), model.forward_head(model.norm(expected[-1])), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('kind', ['class token', 'no class token', 'qk norm', 'distilled'])
+@pytest.mark.parametrize('seed', range(2))
+def test_gradients_equal_the_obvious_implementation(kind, seed):
+    settings = random_settings(seed) | dict(fast_update=True, keep_ratio=0.4)
+    model = build(seed=seed, **KINDS[kind], **settings)
+    images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+
+    def gradients(logits):
+        weight = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
+        return torch.autograd.grad((logits * weight).sum(), parameters.values(), allow_unused=True)
+
+    actual = gradients(model(images))
+    expected = gradients(model.forward_head(model.norm(evolve_slowly(model, images, **slow_arguments(settings))[-1])))
+    for name, a, e in zip(parameters, actual, expected, strict=True):
+        assert (a is None) == (e is None), name
+        if e is not None:
+            torch.testing.assert_close(a, e, rtol=0, atol=1e-9 * max(1, e.abs().max().item()), msg=name)
+
+
+@pytest.mark.parametrize('name', ['deit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224', 'test_vit'])
+def test_keep_ratio_one_is_the_dense_model(name):
+    dense = timm.create_model(name)
+    evolved = timm.create_model(f'evo_{name}', keep_ratio=1.0)
+    evolved.load_state_dict(dense.state_dict(), strict=True)
+    images = torch.randn(2, *dense.default_cfg['input_size'])
+
+    logits = [model.eval()(images) for model in (dense, evolved)]
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
+    for model, out in zip((dense, evolved), logits, strict=True):
+        out.square().mean().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    for a, e in zip(evolved.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, e.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('settings', [
+    dict(),
+    dict(keep_ratio=0.3, selection='layer'),
+    dict(fast_update=False, start_block=2, stage_depth=1),
+    dict(keep_ratio=[0.7, 0.4], start_block=1, stage_depth=3, tradeoff=0.1),
+])
+def test_every_setting_has_the_state_dict_of_the_dense_model(settings):
+    dense = timm.create_model('test_vit')
+    evolved = timm.create_model('evo_test_vit', **settings)
+    evolved.load_state_dict(dense.state_dict(), strict=True)
+    assert list(evolved.state_dict()) == list(dense.state_dict())
+
+
+def test_class_head_alone_adds_keys():
+    plain, two_heads = (
+        timm.create_model('evo_test_vit', global_pool='avg', class_head=class_head).state_dict()
+        for class_head in (False, True)
+    )
+    assert set(two_heads) - set(plain) == {'norm_cls.weight', 'norm_cls.bias', 'head_cls.weight', 'head_cls.bias'}
+
+
+@pytest.mark.parametrize('selection', ['stage', 'layer'])
+@pytest.mark.parametrize('seed', range(3))
+def test_output_of_an_image_does_not_depend_on_the_rest_of_its_batch(selection, seed):
+    model = build(seed=seed, selection=selection, start_block=2, stage_depth=2).eval()
+    images = torch.randn(5, 3, 24, 24, dtype=torch.float64)
+    together = model(images)
+    alone = torch.cat([model(image.unsqueeze(0)) for image in images])
+    shuffled = model(images.flip(0)).flip(0)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
+    torch.testing.assert_close(together, shuffled, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('batch_size', [0, 1])
+@pytest.mark.parametrize('training', [False, True])
+def test_small_batches_work_as_in_the_dense_model(batch_size, training):
+    dense = timm.create_model('deit_tiny_patch16_224', img_size=64).train(training)
+    evolved = timm.create_model('evo_deit_tiny_patch16_224', img_size=64).train(training)
+    images = torch.randn(batch_size, 3, 64, 64)
+    assert evolved(images).shape == dense(images).shape == (batch_size, 1000)
+    assert evolved.forward_features(images).shape == dense.forward_features(images).shape
+    evolved(images).sum().backward()
+
+
+def test_placeholders_move_by_the_residual_of_the_representative_token():
+    model = build(start_block=3, stage_depth=4).eval()
+    images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    maps = [y.flatten(2).transpose(1, 2) for y in model.forward_intermediates(images, intermediates_only=True)]
+    moves = maps[-1] - maps[2]  # (B, N, C), over the segment
+    for move in moves:
+        alike = (move.unsqueeze(0) - move.unsqueeze(1)).abs().amax(-1) < 1e-9  # (N, N)
+        assert alike.sum(0).max() == 36 - 18, 'the placeholders, and only they, make the same move'
+
+
+def test_preserved_placeholders_stay_where_they_are():
+    model = build(start_block=3, stage_depth=4, fast_update=False, keep_ratio=0.25).eval()
+    images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    maps = [y.flatten(2) for y in model.forward_intermediates(images, intermediates_only=True)]
+    assert ((maps[-1] == maps[2]).all(dim=1).sum(dim=1) == 36 - 9).all()
+
+
+def test_folding_the_keys_changes_nothing():
+    torch.manual_seed(0)
+    tokens = torch.randn(2, 11, 12, dtype=torch.float64)
+    weight, bias = torch.randn(36, 12, dtype=torch.float64), torch.randn(36, dtype=torch.float64)
+    q, k = evolution.project_query_key(tokens[:, :1], tokens, weight, bias, num_heads=3)
+    plain = evolution.class_attention(q.mean(2), k, scale=0.5)
+    folded = evolution.folded_class_attention(tokens[:, :1], tokens, weight, bias, num_heads=3, scale=0.5)
+    torch.testing.assert_close(folded, plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(plain.sum(1), torch.full((2,), 3., dtype=torch.float64))
+
+
+def test_scores_that_all_underflow_give_no_nan():
+    scores = torch.tensor([[0., 1., 0., 0.]])
+    slow = torch.tensor([[0, 1]])
+    assert torch.isfinite(evolution.representative_token(torch.randn(1, 4, 3), scores, slow)).all()
+
+
+def test_half_precision_scores_are_ranked_in_float32():
+    query, keys = torch.randn(1, 2, 4).bfloat16(), torch.randn(1, 50, 4).bfloat16()
+    assert evolution.class_attention(query, keys, 1.0).dtype == torch.float32
+
+
+def test_segments_are_block_ranges():
+    assert segments(12, 4, 4) == [(4, 7), (8, 11)]
+    assert segments(12, 4, 1) == [(i, i) for i in range(4, 12)]
+    assert segments(12, 5, 4) == [(5, 8), (9, 11)]
+
+
+@pytest.mark.parametrize('arguments, read', [
+    (dict(), {3, 4, 5, 6, 7}),
+    (dict(selection='layer'), {3, 4, 5, 6, 7, 8, 9, 10}),
+    (dict(tradeoff=[0.5] * 12), {0, 1, 2, 3, 4, 5, 6, 7}),
+    (dict(keep_ratio=[0.5, 1.0]), {3}),
+    (dict(keep_ratio=[1.0, 0.5], tradeoff=[1.0] * 12), {7}),
+    (dict(keep_ratio=1.0), set()),
+])
+def test_only_scores_that_a_later_selection_reads_are_computed(arguments, read):
+    default = dict(depth=12, keep_ratio=0.5, start_block=4, stage_depth=4, selection='stage', tradeoff=0.5)
+    schedule = make_schedule(**(default | arguments))
+    assert {i for i, scored in enumerate(schedule.scored) if scored} == read

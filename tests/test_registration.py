@@ -1,0 +1,191 @@
+"""The models are there wherever timm is: no import, no warning, and no harm when something goes wrong.
+
+Every case is a fresh process, because registration happens once in a process.
+"""
+import os
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import timm
+
+ROOT = Path(__file__).parents[1]
+NAMES = [
+    'evo_deit_base_distilled_patch16_224',
+    'evo_deit_base_distilled_patch16_384',
+    'evo_deit_base_patch16_224',
+    'evo_deit_base_patch16_384',
+    'evo_deit_small_distilled_patch16_224',
+    'evo_deit_small_patch16_224',
+    'evo_deit_small_patch16_384',
+    'evo_deit_tiny_distilled_patch16_224',
+    'evo_deit_tiny_patch16_224',
+    'evo_test_vit',
+]
+
+
+def run(code: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run code in a fresh process, away from the repository."""
+    return subprocess.run(
+        [sys.executable, *args, '-c', code], cwd='/', env=os.environ | environment, capture_output=True, text=True)
+
+
+def output(code: str, **environment: str) -> str:
+    """What the code prints; no warning may come from this package."""
+    result = run(code, **environment)
+    assert result.returncode == 0, result.stderr
+    assert 'timm-evo' not in result.stderr and 'Overwriting' not in result.stderr, result.stderr
+    return result.stdout.strip()
+
+
+def test_models_are_listed():
+    assert timm.list_models('evo_*') == NAMES
+
+
+@pytest.mark.parametrize('autoload, imports', [
+    ('1', 'import timm'),
+    ('1', 'import torch, timm'),
+    ('1', 'import timm.models.vision_transformer, timm'),
+    ('1', 'import timm, timm_evo'),
+    ('1', 'import timm_evo, timm'),
+    ('1', 'from timm_evo import EvoVisionTransformer; import timm'),
+    ('1', 'import timm_evo.vision_transformer, timm'),
+    ('1', 'import timm_evo.entrypoints, timm'),
+    ('0', 'import timm, timm_evo'),
+    ('0', 'import timm_evo, torch, timm, timm_evo'),
+    ('0', 'import timm_evo.vision_transformer, timm'),
+    ('0', 'import timm_evo.checkpoints, timm'),
+])
+def test_any_order_of_imports_registers_once(autoload, imports):
+    code = f'{imports}; print(timm.list_models("evo_*")); timm.create_model("evo_test_vit")'
+    assert output(code, TORCH_DEVICE_BACKEND_AUTOLOAD=autoload, PYTHONWARNINGS='error::UserWarning') == str(NAMES)
+
+
+def test_opting_out():
+    assert output('import timm; print(timm.list_models("evo_*"))', TORCH_DEVICE_BACKEND_AUTOLOAD='0') == '[]'
+
+
+def test_torch_without_timm_imports_neither_timm_nor_the_models():
+    loaded = output('import torch, sys; print(sorted(m for m in sys.modules if m.startswith(("timm", "torchvision"))))')
+    assert loaded == "['timm_evo']"
+
+
+def test_spawned_workers_of_a_data_loader(tmp_path):
+    script = tmp_path / 'loader.py'
+    script.write_text(
+        'import timm\n'
+        'from torch.utils.data import DataLoader, Dataset\n\n'
+        'class Lengths(Dataset):\n'
+        '    def __len__(self):\n'
+        '        return 2\n\n'
+        '    def __getitem__(self, index):\n'
+        '        return len(timm.list_models("evo_*"))\n\n'
+        'if __name__ == "__main__":\n'
+        '    print(next(iter(DataLoader(Lengths(), 2, num_workers=1, multiprocessing_context="spawn"))).tolist())\n'
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert result.stdout.strip() == str([len(NAMES)] * 2), result.stderr
+
+
+def test_torchrun_workers(tmp_path):
+    script = tmp_path / 'worker.py'
+    script.write_text('import os, timm\nprint(os.environ["RANK"], timm.create_model("evo_test_vit").schedule.scored)\n')
+    result = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(script)],
+        capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r'^[01] \[False', result.stdout, flags=re.M)) == 2
+
+
+# Whatever goes wrong
+
+
+FAILURES = {
+    'timm out of range': (
+        {'timm/__init__.py': '__version__ = "0.9.12"\nfrom . import models\n', 'timm/models/__init__.py': ''},
+        r'ImportError: timm-evo needs timm>=[\d.]+, found timm 0\.9\.12',
+    ),
+    'no wrapt': (
+        {'wrapt.py': 'raise ModuleNotFoundError("No module named \'wrapt\'")\n'},
+        r"ModuleNotFoundError: No module named 'wrapt'",
+    ),
+}
+
+
+@pytest.mark.parametrize('failure', FAILURES)
+def test_torch_and_timm_survive_a_broken_environment(failure, tmp_path):
+    files, cause = FAILURES[failure]
+    write_files(tmp_path, files)
+    result = run('import torch, timm, timm.models; print("fine")', PYTHONPATH=str(tmp_path))
+    assert result.stdout.strip() == 'fine', result.stderr
+    assert len(re.findall('RuntimeWarning: timm-evo', result.stderr)) == 1, result.stderr
+    assert re.search(cause, result.stderr), result.stderr
+
+
+def test_an_explicit_import_raises_what_was_warned_of(tmp_path):
+    files, cause = FAILURES['timm out of range']
+    write_files(tmp_path, files)
+    result = run('import timm_evo.entrypoints', PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert re.search(cause, result.stderr.splitlines()[-1]), result.stderr
+
+
+@pytest.mark.parametrize('module', ['vision_transformer', 'evolution', 'schedule', 'entrypoints'])
+def test_torch_and_timm_survive_a_broken_install(module, tmp_path):
+    sources = {f'timm_evo/{path.name}': path.read_text() for path in (ROOT / 'timm_evo').glob('*.py')}
+    write_files(tmp_path, sources | {f'timm_evo/{module}.py': 'broken ='})
+    result = run('import torch, timm; print(timm.list_models("evo_*"))', PYTHONPATH=str(tmp_path))
+    assert result.stdout.strip() == '[]', result.stderr
+    assert len(re.findall('RuntimeWarning: timm-evo .* SyntaxError', result.stderr)) == 1, result.stderr
+    result = run(f'import timm_evo.{module}', PYTHONPATH=str(tmp_path))
+    assert 'SyntaxError' in result.stderr.splitlines()[-1]
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+# The wheel
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('wheel')
+    subprocess.run(
+        [sys.executable, '-m', 'build', '--wheel', '--outdir', str(folder), str(ROOT)], check=True, capture_output=True)
+    return next(folder.glob('*.whl'))
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        files = {name: file.read(name).decode() for name in file.namelist()}
+    modules = {f'timm_evo/{path.name}' for path in (ROOT / 'timm_evo').glob('*.py')}
+    assert {name for name in files if '.dist-info/' not in name} == modules
+    text = {name.split('/', 1)[1]: content for name, content in files.items() if name not in modules}
+    assert '[torch.backends]' in text['entry_points.txt']
+    assert re.search(r'^License(-Expression)?: Apache-2.0$', text['METADATA'], flags=re.M)
+    assert 'licenses/LICENSE' in text
+
+
+def test_the_wheel_registers_the_models(wheel, tmp_path):
+    """In an environment of its own, where this one's packages, but not its timm-evo, can be seen."""
+    venv.create(tmp_path / 'env', with_pip=True)
+    python = str(tmp_path / 'env' / 'bin' / 'python')
+    subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--no-deps', str(wheel)], check=True)
+    packages = tmp_path / 'packages'
+    packages.mkdir()
+    for entry in Path(timm.__file__).parents[1].iterdir():
+        if 'timm_evo' not in entry.name:
+            (packages / entry.name).symlink_to(entry)
+    result = subprocess.run(
+        [python, '-c', 'import timm, timm_evo; print(timm_evo.__file__); print(timm.list_models("evo_*"))'],
+        cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(packages)}, capture_output=True, text=True)
+    location, names = result.stdout.strip().splitlines()
+    assert location.startswith(str(tmp_path / 'env'))
+    assert names == str(NAMES), result.stderr
