@@ -1,0 +1,52 @@
+# `make demo` and `make test` need Python, pip and make, nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# the oldest timm of the range in setup.cfg
+OLDEST_TIMM := 1.0.13
+# the models that `make timm-suite` runs timm's own tests over, and those of `make test`
+MODELS ?= evo_* deit_*patch16_224 deit_base*_patch16_384 test_vit
+FEW_MODELS := evo_test_vit evo_deit_tiny_patch16_224 evo_deit_tiny_distilled_patch16_224
+
+.PHONY: demo test lint tests tests-oldest-timm timm-suite few-of-timm-suite clean
+
+demo: $(VENV)/ready
+	$(BIN)/python examples/digits.py
+
+test: lint tests tests-oldest-timm few-of-timm-suite
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+
+tests: $(VENV)/ready
+	$(BIN)/python -m pytest tests
+
+# The same library against the other end of timm's range. What needs a process of its own or timm's newest is left out.
+tests-oldest-timm: $(VENV)/timm-$(OLDEST_TIMM)
+	PYTHONPATH=$< $(BIN)/python -m pytest tests/test_faithful.py tests/test_method.py tests/test_timm_api.py tests/test_errors.py
+
+few-of-timm-suite: MODELS := $(FEW_MODELS)
+# All evolved models and their dense twins, side by side, takes about an hour on 2 cores.
+timm-suite few-of-timm-suite: $(VENV)/timm-suite
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m pytest -q -W ignore -p timm_suite \
+		--timm-models $(foreach model,$(MODELS),'$(model)') -- $</tests/test_models.py
+
+$(VENV)/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test]'
+	touch $@
+
+$(VENV)/timm-$(OLDEST_TIMM): $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ timm==$(OLDEST_TIMM)
+	touch $@
+
+# timm's tests are in its source distribution, not in its wheel.
+$(VENV)/timm-suite: $(VENV)/ready
+	rm -rf $@ && mkdir $@
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary timm --dest $@ \
+		timm==$$($(BIN)/python -c 'import timm; print(timm.__version__)')
+	tar -xzf $@/timm-*.tar.gz -C $@ --strip-components 1
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
