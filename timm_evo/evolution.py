@@ -101,8 +101,8 @@ def folded_class_attention(
     query_weight, key_weight, _ = qkv_weight.chunk(3)
     query_bias = None if qkv_bias is None else qkv_bias.chunk(3)[0]
     query = F.linear(query_tokens.mean(dim=1), query_weight, query_bias).unflatten(1, heads)  # (B, H, d)
-    query = (query.unsqueeze(2) @ key_weight.unflatten(0, heads)).squeeze(2)  # (B, H, C)
-    return class_attention(query, tokens, scale)
+    query = query.transpose(0, 1) @ key_weight.unflatten(0, heads)  # (H, B, C), one product per head
+    return class_attention(query.transpose(0, 1), tokens, scale)
 
 
 @torch.fx.wrap

@@ -1,0 +1,47 @@
+""" What a measurement was made with, for the files in `results/` """
+import os
+import platform
+import re
+import shlex
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import timm
+import torch
+
+import timm_evo
+
+
+def describe_environment() -> dict:
+    """Machine, versions, date and command line; no host name and no paths."""
+    return {
+        'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+        'command': _command_line(),
+        'machine': {
+            'processor': _processor(),
+            'cores': os.cpu_count(),
+            'instructions': torch.backends.cpu.get_cpu_capability(),  # virtual machines hide the processor's model
+        },
+        'versions': {
+            'python': platform.python_version(),
+            'torch': torch.__version__,
+            'timm': timm.__version__,
+            'timm_evo': timm_evo.__version__,
+        },
+    }
+
+
+def _command_line() -> str:
+    # an absolute path, alone or after `--option=`, keeps only its last part
+    args = [re.sub(r'(^|=)/.*/', r'\1', arg) for arg in sys.argv[1:]]
+    return shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *args])
+
+
+def _processor() -> str:
+    cpuinfo = Path('/proc/cpuinfo')
+    if cpuinfo.exists():
+        match = re.search(r'^model name\s*:\s*(.+)$', cpuinfo.read_text(), re.MULTILINE)
+        if match:
+            return match[1]
+    return platform.processor() or platform.machine()
