@@ -27,7 +27,7 @@ import torch
 torch_done = time.perf_counter()
 import timm_evo
 evo_done = time.perf_counter()
-print(f'{{"import timm_evo": {1000 * (evo_done - torch_done)}, "import torch": {1000 * (torch_done - start)}}}')
+print(f'{{"import timm_evo": {1000 * (evo_done - torch_done)}, "import torch, plugins off": {1000 * (torch_done - start)}}}')
 """
 WITH_PLUGINS = """
 import sys, time

@@ -42,7 +42,10 @@ def build_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, Tensor]
     kwargs = {} if args.img_size is None else {'img_size': args.img_size}
     if name != dense_twin(name):
         kwargs.update(args.model_kwargs)
-    model = timm.create_model(name, **kwargs).to(args.device, args.dtype).eval()
+    try:
+        model = timm.create_model(name, **kwargs).to(args.device, args.dtype).eval()
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f'{name}: {error}') from error
     channels, height, width = model.pretrained_cfg['input_size']
     if args.img_size is not None:
         height = width = args.img_size
@@ -218,11 +221,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.device.type == 'cuda':
         torch.cuda.set_device(args.device)
-    try:
-        results = measure(names, args)
-    except (TypeError, ValueError) as error:
-        raise SystemExit(f'{type(error).__name__}: {error}') from error
-    summary = summarise(results, args.batch_size)
+    summary = summarise(measure(names, args), args.batch_size)
     print_table(summary)
 
     if args.output is not None:

@@ -69,11 +69,12 @@ TRAININGS = {
             '--amp', '--amp-dtype', 'bfloat16',
         ],
         [
-            '--model-ema', '--model-ema-decay', 0.5, '--grad-accum-steps', 2,
+            '--model-ema', '--model-ema-decay', 0.95, '--grad-accum-steps', 2,
             '--mixup', 0.8, '--cutmix', 1.0, '--drop-path', 0.1, '--clip-grad', 1.0,
         ],
         ['--use-ema'],
-        updates=BATCHES // 2,
+        epochs=8,
+        updates=8 * BATCHES // 2,
     ),
     'token_distilled': Training(
         ['--model', 'evo_deit_tiny_distilled_patch16_224', *SMALL],
