@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 LIMIT_MS = 10
 
-# Each child prints its figures in milliseconds as JSON.
+# Each child prints its figures in seconds as JSON.
 WITHOUT_PLUGINS = """
 import time
 start = time.perf_counter()
@@ -27,17 +27,21 @@ import torch
 torch_done = time.perf_counter()
 import timm_evo
 evo_done = time.perf_counter()
-print(f'{{"import timm_evo": {1000 * (evo_done - torch_done)}, "import torch, plugins off": {1000 * (torch_done - start)}}}')
+
+import json
+print(json.dumps({'import timm_evo': evo_done - torch_done, 'import torch, plugins off': torch_done - start}))
 """
 WITH_PLUGINS = """
 import sys, time
 start = time.perf_counter()
 import torch
 torch_done = time.perf_counter()
+
+import json
 assert 'timm_evo' in sys.modules, 'PyTorch did not load timm-evo, is it installed?'
 loaded = [name for name in sys.modules if name in ('timm', 'torchvision') or name.startswith('timm_evo.')]
 assert not loaded, f'import torch has imported {", ".join(loaded)}'
-print(f'{{"import torch, plugins on": {1000 * (torch_done - start)}}}')
+print(json.dumps({'import torch, plugins on': torch_done - start}))
 """
 
 
@@ -58,13 +62,13 @@ def main() -> None:
     if args.output is not None and not args.output.parent.is_dir():
         parser.error(f'--output: the folder of {args.output} does not exist')
 
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}  # in milliseconds
     for i in tqdm(range(args.rounds + 1), unit='round'):
         for code, autoload in ((WITHOUT_PLUGINS, '0'), (WITH_PLUGINS, '1')):
             figures = run_child(code, autoload)
             if i > 0:  # the first round reads the files from disk and writes byte code
-                for label, milliseconds in figures.items():
-                    times.setdefault(label, []).append(milliseconds)
+                for label, seconds in figures.items():
+                    times.setdefault(label, []).append(1000 * seconds)
 
     print(f'\n{"":<28}{"median ms":>12}{"min ms":>10}{"max ms":>10}')
     for label, values in times.items():
