@@ -64,7 +64,7 @@ class Twins:
             for model, cases in self.outcomes.items()
             if (dense := model.removeprefix('evo_')) != model
             for case, outcome in cases.items()
-            if outcome != 'passed' and self.outcomes[dense].get(case) == 'passed'
+            if outcome != 'passed' and self.outcomes.get(dense, {}).get(case) == 'passed'
         ]
 
     def pytest_sessionfinish(self, session) -> None:
