@@ -28,7 +28,7 @@ tests-oldest-timm: $(VENV)/timm-$(OLDEST_TIMM)
 		tests/test_faithful.py tests/test_method.py tests/test_timm_api.py tests/test_errors.py
 
 few-of-timm-suite: MODELS := $(FEW_MODELS)
-# All evolved models and their dense twins, side by side, takes about an hour on 2 cores.
+# All evolved models and their dense twins, side by side; the large ones take their time.
 timm-suite few-of-timm-suite: $(VENV)/timm-suite
 	HF_HUB_OFFLINE=1 TIMEOUT=3600 PYTHONPATH=tests $(BIN)/python -m pytest -q -W ignore -p timm_suite \
 		--timm-models $(foreach model,$(MODELS),'$(model)') -- $</tests/test_models.py
