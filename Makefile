@@ -25,7 +25,7 @@ tests: $(VENV)/ready
 # The same library against the other end of timm's range. What needs a process of its own or timm's newest is left out.
 tests-oldest-timm: $(VENV)/timm-$(OLDEST_TIMM)
 	PYTHONPATH=$< $(BIN)/python -m pytest -k 'not compile' \
-		tests/test_faithful.py tests/test_method.py tests/test_timm_api.py tests/test_errors.py
+		tests/test_faithful.py tests/test_method.py tests/test_short_block.py tests/test_timm_api.py tests/test_errors.py
 
 few-of-timm-suite: MODELS := $(FEW_MODELS)
 # All evolved models and their dense twins, side by side; the large ones take their time.

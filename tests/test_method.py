@@ -194,7 +194,7 @@ def test_scores_that_all_underflow_give_no_nan():
 
 
 def test_half_precision_scores_are_ranked_in_float32():
-    query, keys = torch.randn(1, 2, 4).bfloat16(), torch.randn(1, 50, 4).bfloat16()
+    query, keys = torch.randn(1, 2, 4).bfloat16(), torch.randn(1, 2, 50, 4).bfloat16()
     assert evolution.class_attention(query, keys, 1.0).dtype == torch.float32
 
 

@@ -47,28 +47,65 @@ def project_query_key(
     return query, key
 
 
+def _softmax(logits: Tensor, scale: float) -> Tensor:
+    """Attention of scaled logits; half precision is raised to float32, because it ties many scores to be ranked."""
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return (logits * scale).softmax(dim=-1)
+
+
 @torch.fx.wrap
 def class_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Attention that the class token pays to every token, summed over the heads.
 
-    Paper: class attention, section "Structure preserving token selection". Half precision is raised to float32: scores
-    are ranked against each other, and half precision ties many of them.
+    Paper: class attention, section "Structure preserving token selection".
 
     Args:
         query: Query of the class token, one per head (B, H, d).
-        keys: Keys of all tokens present, per head (B, H, L, d) or shared by the heads (B, L, d).
+        keys: Keys of all tokens present (B, H, L, d).
         scale: Factor on the products, 1 / sqrt(d) of the attention.
 
     Returns:
         Attention (B, L) in float32 or wider; every row sums to H.
     """
-    if keys.dim() == 4:
-        logits = (query.unsqueeze(2) @ keys.transpose(2, 3)).squeeze(2)
-    else:
-        logits = query @ keys.transpose(1, 2)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    return (logits * scale).softmax(dim=-1).sum(dim=1)
+    logits = (query.unsqueeze(2) @ keys.transpose(2, 3)).squeeze(2)
+    return _softmax(logits, scale).sum(dim=1)
+
+
+@torch.fx.wrap
+def folded_attention(
+        query_tokens: Tensor,
+        tokens: Tensor,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        num_heads: int,
+        scale: float,
+) -> Tensor:
+    """Attention that a few tokens pay to all, without computing a single key.
+
+    The key projection can be applied to the few queries instead of to every token:
+    q . (W_k x + b_k) = (W_k^T q) . x + q . b_k, and the last term, equal for all tokens, drops out of the softmax. This
+    takes H * T * L * C multiplications instead of L * C * C, and leaves the attention module of the block untouched.
+
+    Args:
+        query_tokens: Normalised tokens that look at the others (B, T, C).
+        tokens: Normalised tokens present (B, L, C).
+        qkv_weight: Stacked query, key and value projections (3 * H * d, C).
+        qkv_bias: Their bias (3 * H * d,), if any.
+        num_heads: Number of heads H.
+        scale: Factor on the products.
+
+    Returns:
+        Attention (B, H, T, L) in float32 or wider; every row sums to 1.
+    """
+    batch_size, num_queries = query_tokens.shape[:2]
+    heads = (num_heads, qkv_weight.shape[0] // (3 * num_heads))
+    query_weight, key_weight, _ = qkv_weight.chunk(3)
+    query_bias = None if qkv_bias is None else qkv_bias.chunk(3)[0]
+    query = F.linear(query_tokens.flatten(0, 1), query_weight, query_bias).unflatten(1, heads)  # (B * T, H, d)
+    query = query.transpose(0, 1) @ key_weight.unflatten(0, heads)  # (H, B * T, C), one product per head
+    query = query.unflatten(1, (batch_size, num_queries)).transpose(0, 1).flatten(1, 2)  # (B, H * T, C)
+    return _softmax(query @ tokens.transpose(1, 2), scale).unflatten(1, (num_heads, num_queries))
 
 
 @torch.fx.wrap
@@ -80,29 +117,39 @@ def folded_class_attention(
         num_heads: int,
         scale: float,
 ) -> Tensor:
-    """Class attention without computing a single key.
-
-    There is one query, so the key projection can be applied to it instead of to every token:
-    q . (W_k x + b_k) = (W_k^T q) . x + q . b_k, and the last term, equal for all tokens, drops out of the softmax. This
-    takes H * L * C multiplications instead of L * C * C, and leaves the attention module of the block untouched.
-
-    Args:
-        query_tokens: Normalised tokens whose mean query looks at the others (B, T, C); the class token alone has T = 1.
-        tokens: Normalised tokens present (B, L, C).
-        qkv_weight: Stacked query, key and value projections (3 * H * d, C).
-        qkv_bias: Their bias (3 * H * d,), if any.
-        num_heads: Number of heads H.
-        scale: Factor on the products.
+    """Class attention by `folded_attention`, of the mean query of some tokens; the class token alone has T = 1.
 
     Returns:
         Attention (B, L), as `class_attention` gives it.
     """
-    heads = (num_heads, qkv_weight.shape[0] // (3 * num_heads))
-    query_weight, key_weight, _ = qkv_weight.chunk(3)
-    query_bias = None if qkv_bias is None else qkv_bias.chunk(3)[0]
-    query = F.linear(query_tokens.mean(dim=1), query_weight, query_bias).unflatten(1, heads)  # (B, H, d)
-    query = query.transpose(0, 1) @ key_weight.unflatten(0, heads)  # (H, B, C), one product per head
-    return class_attention(query.transpose(0, 1), tokens, scale)
+    query_token = query_tokens.mean(dim=1, keepdim=True)
+    return folded_attention(query_token, tokens, qkv_weight, qkv_bias, num_heads, scale).squeeze(2).sum(dim=1)
+
+
+@torch.fx.wrap
+def folded_values(attention: Tensor, tokens: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None) -> Tensor:
+    """What a few tokens gather by attention, without computing a single value.
+
+    As in `folded_attention`, the projection is applied to the few results: sum_j a_j (W_v x_j + b_v) is
+    W_v (sum_j a_j x_j) + b_v sum_j a_j, where the last sum is 1 unless attention was dropped.
+
+    Args:
+        attention: Attention of few tokens to all (B, H, T, L).
+        tokens: Normalised tokens present (B, L, C).
+        qkv_weight: Stacked query, key and value projections (3 * H * d, C).
+        qkv_bias: Their bias (3 * H * d,), if any.
+
+    Returns:
+        Values of all heads side by side (B, T, H * d), as they enter the output projection.
+    """
+    num_heads, num_queries = attention.shape[1:3]
+    gathered = (attention.flatten(1, 2).to(tokens.dtype) @ tokens).unflatten(1, (num_heads, num_queries))
+    weight = qkv_weight.chunk(3)[2].unflatten(0, (num_heads, -1))  # (H, d, C)
+    values = torch.einsum('bhtc,hdc->bthd', gathered, weight)
+    if qkv_bias is not None:
+        bias = qkv_bias.chunk(3)[2].unflatten(0, (num_heads, -1))
+        values = values + attention.sum(dim=3).transpose(1, 2).unsqueeze(3).to(values.dtype) * bias
+    return values.flatten(2)
 
 
 @torch.fx.wrap
@@ -239,4 +286,4 @@ def slow_fast_update(x: Tensor, tokens: Tensor, slow: Tensor | None, representat
     if representative is None:
         return x.scatter(1, index, tokens)
     # added to all, because the scatter overwrites the others: the placeholders need no index of their own
-    return (x + (tokens[:, -1:] - representative)).scatter(1, index, tokens[:, :-1])
+    return (x + (tokens[:, -1:] - representative)).scatter_(1, index, tokens[:, :-1])

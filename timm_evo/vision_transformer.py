@@ -10,16 +10,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
-from . import evolution
+from . import evolution, short_block
 from .schedule import cut_schedule, make_schedule
 
 __all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve', 'split_evolution_args']
+
+# torchvision's tracer keeps the functions that timm has marked as untraceable whole, but only in the module that
+# defines the model's `forward`. `torch.fx.wrap` does so for the module it is called in, so it is called in timm's.
+exec("torch.fx.wrap('resample_abs_pos_embed')", VisionTransformer._pos_embed.__globals__)
 
 
 def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -126,6 +131,7 @@ class TokenEvolution:
             x: Tensor,
             take_indices: list[int],
             stop: int | None = None,
+            num_read: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the blocks with token evolution.
 
@@ -133,9 +139,11 @@ class TokenEvolution:
             x: Sequence (B, P + N, C).
             take_indices: Blocks whose outputs are wanted.
             stop: Number of blocks to run, all if None.
+            num_read: Number of tokens that are wanted of the last block, the whole sequence if None.
 
         Returns:
-            Full sequence after the last block, and after each of the wanted blocks, (B, P + N, C) each.
+            Sequence after the last block, (B, P + N, C) or (B, num_read, C).
+            Full sequence after each of the wanted blocks, (B, P + N, C) each.
         """
         num_prefix = self.num_prefix_tokens
         keep_ratio, scored, tradeoff = self.schedule  # by position, because TorchScript forgets the names
@@ -168,6 +176,9 @@ class TokenEvolution:
                         query, y, attn.qkv.weight, attn.qkv.bias, attn.num_heads, attn.scale)
                 scores = evolution.global_class_attention(scores, attention, tradeoff[i], slow)
 
+            if num_read is not None and not torch.jit.is_scripting():
+                if i == len(self.blocks) - 1:
+                    return short_block.forward_first(block, tokens, num_read), intermediates
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 tokens = checkpoint(block, tokens)
             else:
@@ -177,7 +188,34 @@ class TokenEvolution:
 
         return evolution.slow_fast_update(x, tokens, slow, representative), intermediates
 
-    # `forward` is timm's own. It passes a mask on, and where it is traced symbolically, that is a proxy for none.
+    def _num_read(self) -> int | None:
+        """Number of tokens at the beginning of the sequence that the head reads, None if it may read any."""
+        return 1 if self.global_pool == 'token' else None
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Images to logits, as timm's: `forward_features`, then `forward_head`.
+
+        Where the head reads the class token alone, the last block computes nothing else.
+
+        Args:
+            x: Images (B, C, H, W).
+            attn_mask: Must be None, a mask over the grid has no meaning for the tokens of a selection.
+            is_causal: Must be False, likewise.
+
+        Returns:
+            Logits (B, num_classes), or what else the head gives.
+
+        Raises:
+            ValueError: A mask is given.
+        """
+        _refuse_mask(attn_mask, is_causal)
+        num_read: int | None = None
+        if not torch.jit.is_scripting():  # TorchScript can't pass modules on
+            if short_block.can_be_short(self.blocks[-1]):
+                num_read = self._num_read()
+        x, _ = self._forward_blocks(self._embed(x), [], num_read=num_read)
+        return self.forward_head(self.norm(x))
+
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Pass images through embedding, blocks and norm.
 
@@ -311,6 +349,9 @@ class EvoVisionTransformer(TokenEvolution, VisionTransformer):
 
 class EvoVisionTransformerDistilled(TokenEvolution, VisionTransformerDistilled):
     """timm's `VisionTransformerDistilled` with token evolution; the class token's attention gives the scores."""
+
+    def _num_read(self) -> int | None:
+        return 2
 
 
 _EVOLVED = {VisionTransformer: EvoVisionTransformer, VisionTransformerDistilled: EvoVisionTransformerDistilled}
