@@ -29,7 +29,7 @@ NUM_WARMUP = 3
 
 def dense_twin(name: str) -> str:
     """The dense model that `name` is compared with; a dense model is its own."""
-    return name.removeprefix('evo_')
+    return name.removeprefix('evo_').replace('levit_cls_', 'levit_')
 
 
 def with_twins(names: list[str]) -> list[str]:

@@ -24,6 +24,8 @@ NAMES = [
     'evo_deit_small_patch16_384',
     'evo_deit_tiny_distilled_patch16_224',
     'evo_deit_tiny_patch16_224',
+    *(f'evo_levit_{size}' for size in ('128', '128s', '192', '256', '384')),
+    *(f'evo_levit_cls_{size}' for size in ('128', '128s', '192', '256', '384')),
     'evo_test_vit',
 ]
 

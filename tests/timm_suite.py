@@ -62,7 +62,7 @@ class Twins:
         return [
             f'{case}: {model} {outcome}, {dense} passed'
             for model, cases in self.outcomes.items()
-            if (dense := model.removeprefix('evo_')) != model
+            if (dense := _dense_twin(model)) != model
             for case, outcome in cases.items()
             if outcome != 'passed' and self.outcomes.get(dense, {}).get(case) == 'passed'
         ]
@@ -73,12 +73,16 @@ class Twins:
 
     def pytest_terminal_summary(self, terminalreporter) -> None:
         terminalreporter.section("timm's suite by model")
-        for model, cases in sorted(self.outcomes.items(), key=lambda entry: entry[0].removeprefix('evo_')):
+        for model, cases in sorted(self.outcomes.items(), key=lambda entry: _dense_twin(entry[0])):
             counts = Counter(cases.values())
             terminalreporter.line(
                 f'{model:40} {counts["passed"]:3} passed {counts["failed"]:3} failed {counts["skipped"]:3} skipped')
         for line in self.behind_their_twin():
             terminalreporter.line(line, red=True)
+
+
+def _dense_twin(model: str) -> str:
+    return model.removeprefix('evo_').replace('levit_cls_', 'levit_')
 
 
 def _model_name(item) -> str | None:

@@ -8,7 +8,7 @@ registers them.
 import warnings
 
 __version__ = '0.1.0'
-__all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled']
+__all__ = ['EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled']
 
 
 def autoload() -> None:
@@ -43,8 +43,8 @@ def _register_with_timm() -> None:
 def __getattr__(name: str):
     # public names on demand, because they need torch and timm
     if name in __all__:
-        from . import vision_transformer
-        return getattr(vision_transformer, name)
+        from . import levit, vision_transformer
+        return getattr(levit if name == 'EvoLevit' else vision_transformer, name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

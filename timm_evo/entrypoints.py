@@ -4,8 +4,10 @@ Every `evo_X` model is timm's `X` with token evolution. Its architecture and its
 from timm's registration of `X`, so tags, Hub repositories and input sizes are timm's own. Importing this module
 registers the models.
 """
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import timm
 from torch.torch_version import TorchVersion
@@ -16,7 +18,6 @@ if TorchVersion(timm.__version__) < TIMM_MIN_VERSION:  # before the imports that
 
 from timm.models import (
     PretrainedCfg,
-    VisionTransformer,
     build_model_with_cfg,
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
@@ -24,51 +25,92 @@ from timm.models import (
     model_entrypoint,
     register_model,
 )
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.levit import checkpoint_filter_fn as levit_filter_fn
+from timm.models.levit import model_cfgs as levit_cfgs
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+from torch import nn
 
-# The module, not its names: whoever imports it first imports timm, which imports this one while it is half done.
-from . import vision_transformer
+# The modules, not their names: whoever imports one first imports timm, which imports this one while that is half done.
+from . import levit, vision_transformer
 
 __all__ = []  # register_model adds each entrypoint
 
 default_cfgs = {}
 
 
-def _create_evolved(variant: str, dense: str, pretrained: bool = False, **kwargs) -> VisionTransformer:
+class _Family(NamedTuple):
+    """How models of a family are built.
+
+    Attributes:
+        build: From the name of timm's dense model and the arguments of the evolved one to a model without weights.
+        filter_fn: timm's filter for checkpoints of the family.
+        out_indices: Default of `features_only=True`, as in timm.
+    """
+    build: Callable[..., nn.Module]
+    filter_fn: Callable[..., dict]
+    out_indices: int | tuple[int, ...]
+
+
+def _build_vit(dense: str, **kwargs) -> nn.Module:
+    evolution_args, dense_args = vision_transformer.split_evolution_args(kwargs)
+    return vision_transformer.evolve(model_entrypoint(dense)(pretrained=False, **dense_args), **evolution_args)
+
+
+def _build_levit(dense: str, **kwargs) -> nn.Module:
+    return levit.EvoLevit(**dict(levit_cfgs[dense], **kwargs))
+
+
+_VIT = _Family(_build_vit, partial(vit_filter_fn, adapt_layer_scale=True), 3)
+_LEVIT = _Family(_build_levit, levit_filter_fn, (0, 1, 2))
+
+
+def _create(variant: str, dense: str, family: _Family, pretrained: bool = False, **kwargs) -> nn.Module:
     """Build timm's `dense` model with token evolution, under the name `variant`."""
-
-    def build(**kwargs):
-        evolution_args, dense_args = vision_transformer.split_evolution_args(kwargs)
-        return vision_transformer.evolve(model_entrypoint(dense)(pretrained=False, **dense_args), **evolution_args)
-
-    out_indices = kwargs.pop('out_indices', 3)
+    is_given = kwargs.get('pretrained_cfg') or kwargs.get('pretrained_cfg_overlay')
+    if pretrained and not is_given and not get_pretrained_cfg(variant).has_weights:
+        raise RuntimeError(
+            f'pretrained=True is not allowed for {variant}, the Hugging Face Hub has no weights of it. A checkpoint of '
+            'the authors can be converted with timm_evo.checkpoints.from_official.')
+    out_indices = kwargs.pop('out_indices', family.out_indices)
     return build_model_with_cfg(
-        build,
+        partial(family.build, dense),
         variant,
         pretrained,
-        pretrained_filter_fn=partial(checkpoint_filter_fn, adapt_layer_scale=True),
+        pretrained_filter_fn=family.filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
 
 
-def _register(variant: str, dense: str, cfgs: dict[str, PretrainedCfg]) -> None:
-    """Register `variant`, timm's `dense` model with token evolution, with pretrained configurations by name and tag."""
+def _register(variant: str, dense: str, family: _Family, cfgs: dict[str, PretrainedCfg], **defaults) -> None:
+    """Register `variant`, timm's `dense` model with token evolution.
+
+    Args:
+        variant: Name of the evolved model.
+        dense: Name of timm's.
+        family: How it is built.
+        cfgs: Pretrained configurations by name and tag.
+        **defaults: Arguments of the evolved model that differ from its class's own.
+    """
     default_cfgs.update(generate_default_cfgs(cfgs))
 
-    def entrypoint(pretrained: bool = False, **kwargs) -> VisionTransformer:
-        return _create_evolved(variant, dense, pretrained=pretrained, **kwargs)
+    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _create(variant, dense, family, pretrained=pretrained, **(defaults | kwargs))
 
     entrypoint.__name__ = entrypoint.__qualname__ = variant
     entrypoint.__doc__ = f"timm's `{dense}` with token evolution (https://arxiv.org/abs/2108.01390)."
     globals()[variant] = register_model(entrypoint)
 
 
-def _register_twin(dense: str) -> None:
+def _register_twin(dense: str, family: _Family) -> None:
     """Register `evo_<dense>` with the weights of timm's `dense` model."""
     variant = f'evo_{dense}'
     cfgs = get_arch_pretrained_cfgs(dense)
-    _register(variant, dense, {name.replace(dense, variant): cfg for name, cfg in cfgs.items()})
+    _register(variant, dense, family, {name.replace(dense, variant): cfg for name, cfg in cfgs.items()})
+
+
+def _without_weights(dense: str) -> PretrainedCfg:
+    return replace(get_pretrained_cfg(dense), url='', hf_hub_id=None)
 
 
 for _dense in (
@@ -82,9 +124,21 @@ for _dense in (
     'deit_base_distilled_patch16_384',
     'test_vit',
 ):
-    _register_twin(_dense)
+    _register_twin(_dense, _VIT)
 
 # The authors train DeiT-S at 384, too, which timm has no dense model of: no weights, and the input of DeiT-B at 384.
-_register('evo_deit_small_patch16_384', 'deit_small_patch16_224', {
-    'evo_deit_small_patch16_384': replace(get_pretrained_cfg('deit_base_patch16_384'), url='', hf_hub_id=None),
+_register('evo_deit_small_patch16_384', 'deit_small_patch16_224', _VIT, {
+    'evo_deit_small_patch16_384': _without_weights('deit_base_patch16_384'),
 })
+
+for _size in ('128s', '128', '192', '256', '384'):
+    _register_twin(f'levit_{_size}', _LEVIT)
+    # as the authors publish it
+    _register(
+        f'evo_levit_cls_{_size}',
+        f'levit_{_size}',
+        _LEVIT,
+        {f'evo_levit_cls_{_size}': _without_weights(f'levit_{_size}')},
+        class_token=True,
+        learn_tradeoff=True,
+    )

@@ -153,11 +153,38 @@ def folded_values(attention: Tensor, tokens: Tensor, qkv_weight: Tensor, qkv_bia
 
 
 @torch.fx.wrap
+def mean_attention(attention: Tensor, class_token: bool, slow: Tensor | None) -> Tensor:
+    """Class attention from an attention matrix at hand, averaged over the heads.
+
+    Without a class token, the average of the patch tokens takes its place, as the head that averages them reads it.
+    Half precision is raised to float32, as in `class_attention`.
+
+    Args:
+        attention: Attention of all tokens present (B, H, T, L), or of those that are left by downsampling.
+        class_token: Whether the first token is the class token.
+        slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+
+    Returns:
+        Attention (B, L).
+    """
+    num_queries = 1 if class_token else attention.shape[2] if slow is None else slow.shape[1]
+    dtype = torch.float64 if attention.dtype == torch.float64 else torch.float32
+    return attention[:, :, :num_queries].mean(dim=[1, 2], dtype=dtype)
+
+
+def _mix(scores: Tensor, attention: Tensor, tradeoff: float, learned: Tensor | None) -> Tensor:
+    if learned is None:
+        return torch.lerp(scores, attention, tradeoff)
+    return torch.lerp(scores, attention, learned.to(scores.dtype).sigmoid())
+
+
+@torch.fx.wrap
 def global_class_attention(
         scores: Tensor | None,
         attention: Tensor,
         tradeoff: float,
         slow: Tensor | None,
+        learned: Tensor | None = None,
 ) -> Tensor:
     """Evolve the scores by one block: A <- (1 - alpha) A + alpha a for the tokens that went through it.
 
@@ -170,6 +197,7 @@ def global_class_attention(
             selection is open.
         tradeoff: alpha, the share of the new attention.
         slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+        learned: Learned trade-off (1,), whose sigmoid takes the place of `tradeoff`.
 
     Returns:
         Scores (B, P + N).
@@ -177,9 +205,39 @@ def global_class_attention(
     if scores is None:
         return attention
     if slow is None:
-        return torch.lerp(scores, attention, tradeoff)
+        return _mix(scores, attention, tradeoff, learned)
     attention = attention[:, :slow.shape[1]]  # without the representative token
-    return scores.scatter(1, slow, torch.lerp(scores.gather(1, slow), attention, tradeoff))
+    return scores.scatter(1, slow, _mix(scores.gather(1, slow), attention, tradeoff, learned))
+
+
+@torch.fx.wrap
+def downsampled_class_attention(
+        scores: Tensor,
+        scores_left: Tensor,
+        attention_left: Tensor,
+        tradeoff: float,
+        num_prefix_tokens: int,
+        learned: Tensor | None = None,
+) -> Tensor:
+    """Evolve the scores by an attention that downsamples the grid.
+
+    As in the authors' LeViT, the patch tokens that are left share the sum that all had, so the new attention keeps its
+    weight against the old.
+
+    Args:
+        scores: Scores so far (B, P + N).
+        scores_left: Those of the tokens that are left (B, P + M).
+        attention_left: Class attention of the tokens that are left (B, P + M).
+        tradeoff: alpha, the share of the new attention.
+        num_prefix_tokens: Number of prefix tokens P.
+        learned: Learned trade-off (1,), whose sigmoid takes the place of `tradeoff`.
+
+    Returns:
+        Scores (B, P + M).
+    """
+    mixed = _mix(scores_left, attention_left, tradeoff, learned)
+    sums = [a[:, num_prefix_tokens:].sum(dim=1, keepdim=True) for a in (scores, mixed)]
+    return mixed * (sums[0] / sums[1])
 
 
 @torch.fx.wrap
@@ -287,3 +345,37 @@ def slow_fast_update(x: Tensor, tokens: Tensor, slow: Tensor | None, representat
         return x.scatter(1, index, tokens)
     # added to all, because the scatter overwrites the others: the placeholders need no index of their own
     return (x + (tokens[:, -1:] - representative)).scatter_(1, index, tokens[:, :-1])
+
+
+@torch.fx.wrap
+def bias_positions(index: Tensor, slow: Tensor | None, representative: Tensor | None, num_biases: int) -> Tensor | None:
+    """Where the slow tokens find their attention biases in a table by relative position.
+
+    Args:
+        index: Entry of the table for each query and key of the whole grid (N, N).
+        slow: Positions of the slow tokens (B, K); there are no prefix tokens where there are biases.
+        representative: Representative token, if any. It has no position: it reads the entry after the last.
+        num_biases: Number of entries of the table.
+
+    Returns:
+        Entry for each query and key (B, K, K), or (B, K + 1, K + 1) with a representative token; None if `slow` is.
+    """
+    if slow is None:
+        return None
+    positions = index[slow].gather(2, slow.unsqueeze(1).expand(-1, slow.shape[1], -1))
+    return positions if representative is None else F.pad(positions, (0, 1, 0, 1), value=float(num_biases))
+
+
+@torch.fx.wrap
+def gather_biases(biases: Tensor, positions: Tensor) -> Tensor:
+    """Attention biases of the tokens of a selection.
+
+    Args:
+        biases: Table (H, N).
+        positions: Entries (B, L, L), as `bias_positions` gives them.
+
+    Returns:
+        Biases (B, H, L, L), zero for the representative token.
+    """
+    gathered = F.pad(biases, (0, 1)).index_select(1, positions.flatten())
+    return gathered.unflatten(1, positions.shape).transpose(0, 1)

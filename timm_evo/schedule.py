@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Schedule(NamedTuple):
-    """What each block has to do, one entry per block.
+    """What each block has to do, one entry per block; in a pyramid, one per attention, those that downsample included.
 
     Attributes:
         keep_ratio: Share of the patch tokens that the segment beginning at this block keeps on the slow path; 1 for a
@@ -53,7 +53,7 @@ def make_schedule(
         selection: str,
         tradeoff: float | Sequence[float],
 ) -> Schedule:
-    """Work out what each block has to do.
+    """Work out what each block of a flat model has to do.
 
     Args:
         depth: Number of blocks.
@@ -67,36 +67,96 @@ def make_schedule(
     Raises:
         ValueError: An argument is outside what is allowed; the message names it.
     """
-    if selection not in ('stage', 'layer'):
-        raise ValueError(f"selection={selection!r} is not known, it must be 'stage' or 'layer'.")
-    if not isinstance(start_block, int) or not 1 <= start_block < depth:
-        raise ValueError(
-            f'start_block={start_block!r} is not allowed, it must be in 1..{depth - 1} for a model of {depth} blocks.')
+    _check_selection(selection)
+    _check_start(start_block, depth)
     if not isinstance(stage_depth, int) or stage_depth < 1:
         raise ValueError(f'stage_depth={stage_depth!r} is not allowed, it must be at least 1.')
 
-    ranges = segments(depth, start_block, stage_depth if selection == 'stage' else 1)
-    ratios = [
-        _check_share('keep_ratio', ratio, '(0, 1]', low_included=False)
-        for ratio in _per_entry('keep_ratio', keep_ratio, len(ranges), 'segment')
-    ]
-    alphas = [
-        _check_share('tradeoff', alpha, '[0, 1]', low_included=True)
-        for alpha in _per_entry('tradeoff', tradeoff, depth, 'block')
-    ]
+    firsts = [first for first, _ in segments(depth, start_block, stage_depth if selection == 'stage' else 1)]
+    begins = _begin_segments(depth, firsts, keep_ratio)
+    alphas = _check_tradeoff(tradeoff, depth, 'block')
     if not isinstance(tradeoff, Sequence):
         alphas[:start_block] = [1.] * start_block
-
-    begins = [0.] * depth
-    for (first, _), ratio in zip(ranges, ratios, strict=True):
-        begins[first] = ratio
     return Schedule(begins, _read_scores(begins, alphas), alphas)
 
 
-def cut_schedule(schedule: Schedule, depth: int) -> Schedule:
-    """The schedule of a model that has lost all but its first `depth` blocks; scores for lost selections go, too."""
-    keep_ratio, tradeoff = schedule.keep_ratio[:depth], schedule.tradeoff[:depth]
-    return Schedule(keep_ratio, _read_scores(keep_ratio, tradeoff), tradeoff)
+def make_pyramid_schedule(
+        depths: Sequence[int],
+        keep_ratio: float | Sequence[float],
+        start_block: int,
+        selection: str,
+        tradeoff: float | Sequence[float],
+) -> Schedule:
+    """Work out what each attention of a pyramid has to do: the blocks of a stage, and before them one that downsamples.
+
+    Downsampling ends a segment. It sees and scores every token.
+
+    Args:
+        depths: Number of blocks of each stage.
+        keep_ratio: Share of the patch tokens on the slow path, in (0, 1]; one number, or one per segment.
+        start_block: First block that evolves, counted through the stages without the downsampling; at least 1.
+        selection: 'stage', one selection per stage of the model, or 'layer', one per block.
+        tradeoff: alpha in [0, 1]; one number, or one per attention.
+
+    Raises:
+        ValueError: An argument is outside what is allowed; the message names it.
+    """
+    _check_selection(selection)
+    _check_start(start_block, sum(depths))
+    dense, firsts = [], []
+    block = length = 0
+    for stage, depth in enumerate(depths):
+        if stage > 0:
+            dense.append(length)
+            length += 1
+        evolved = range(max(start_block - block, 0), depth)  # may be empty
+        firsts += [length + i for i in (evolved if selection == 'layer' else evolved[:1])]
+        block += depth
+        length += depth
+
+    begins = _begin_segments(length, firsts, keep_ratio)
+    for i in dense:
+        begins[i] = 1.
+    last = _last_selection(begins)
+    return Schedule(begins, [i < last for i in range(length)], _check_tradeoff(tradeoff, length, 'attention'))
+
+
+def cut_schedule(schedule: Schedule, length: int) -> Schedule:
+    """The schedule of a model that has lost all but its first entries; scores for lost selections go, too."""
+    keep_ratio = schedule.keep_ratio[:length]
+    last = _last_selection(keep_ratio)
+    return Schedule(keep_ratio, [read and i < last for i, read in enumerate(schedule.scored[:length])],
+                    schedule.tradeoff[:length])
+
+
+def _check_selection(selection: str) -> None:
+    if selection not in ('stage', 'layer'):
+        raise ValueError(f"selection={selection!r} is not known, it must be 'stage' or 'layer'.")
+
+
+def _check_start(start_block: int, depth: int) -> None:
+    if not isinstance(start_block, int) or not 1 <= start_block < depth:
+        raise ValueError(
+            f'start_block={start_block!r} is not allowed, it must be in 1..{depth - 1} for a model of {depth} blocks.')
+
+
+def _check_tradeoff(tradeoff: float | Sequence[float], length: int, entry: str) -> list[float]:
+    return [
+        _check_share('tradeoff', alpha, '[0, 1]', low_included=True)
+        for alpha in _per_entry('tradeoff', tradeoff, length, entry)
+    ]
+
+
+def _begin_segments(length: int, firsts: list[int], keep_ratio: float | Sequence[float]) -> list[float]:
+    """The ratio of each segment at its first entry, 0 elsewhere."""
+    begins = [0.] * length
+    for first, ratio in zip(firsts, _per_entry('keep_ratio', keep_ratio, len(firsts), 'segment'), strict=True):
+        begins[first] = _check_share('keep_ratio', ratio, '(0, 1]', low_included=False)
+    return begins
+
+
+def _last_selection(keep_ratio: list[float]) -> int:
+    return max((i for i, ratio in enumerate(keep_ratio) if 0 < ratio < 1), default=0)
 
 
 def _read_scores(keep_ratio: list[float], tradeoff: list[float]) -> list[bool]:

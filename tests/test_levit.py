@@ -1,0 +1,401 @@
+"""Evo-LeViT: what it computes, against an obvious implementation, and what timm promises of its LeViT."""
+import copy
+import random
+import warnings
+
+import pytest
+import timm
+import torch
+from slow_levit import evolve_slowly
+from timm.models import group_parameters
+from timm.utils import reparameterize_model
+from torch import nn
+
+from timm_evo import EvoLevit
+from timm_evo.schedule import make_pyramid_schedule
+
+SCHEMES = {'biases': dict(), 'class token': dict(class_token=True)}
+NAMES = ['evo_levit_128s', 'evo_levit_cls_128s']
+SMALL = dict(embed_dim=(16, 24, 32), key_dim=8, depth=(2, 3, 2), num_heads=(2, 3, 4), num_classes=5)
+
+
+def shake(model: nn.Module, scale: float = 0.3) -> nn.Module:
+    """Move all weights and statistics, because fresh residual branches are zero and attention is even."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (1 if 'attention_biases' in name else scale))
+        for name, buffer in model.named_buffers():
+            if name.endswith('running_mean'):
+                buffer.normal_(0, 0.1)
+            if name.endswith('running_var'):
+                buffer.uniform_(0.7, 1.5)
+    return model
+
+
+def build(seed: int = 0, img_size: tuple[int, int] = (128, 96), **kwargs) -> EvoLevit:
+    """A small model in float64 with a grid of 8 x 6, 4 x 3 and 2 x 2 patches."""
+    torch.manual_seed(seed)
+    return shake(EvoLevit(img_size, **(SMALL | kwargs)).double())
+
+
+def images(batch_size: int = 2, height: int = 128, width: int = 96, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(batch_size, 3, height, width, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def create(name: str = NAMES[0], seed: int = 0, **kwargs) -> nn.Module:
+    torch.manual_seed(seed)
+    return shake(timm.create_model(name, **(SMALL | dict(img_size=128) | kwargs)), 0.1).eval()
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    return request.param
+
+
+# The method
+
+
+def random_settings(seed: int) -> tuple[dict, dict]:
+    """Settings of the model, and the same as the slow implementation takes them, worked out independently."""
+    rng = random.Random(seed)
+    start_block, selection = rng.randint(1, 6), rng.choice(['stage', 'layer'])
+    blocks = [(stage, block) for stage, depth in enumerate(SMALL['depth']) for block in range(depth)]
+    evolved = blocks[start_block:]
+    firsts = evolved if selection == 'layer' else [b for b in evolved if b == evolved[0] or b[1] == 0]
+    ratios = [rng.choice([0.3, 0.5, 0.8, 1.0]) for _ in firsts]
+    alphas = [rng.choice([0.2, 0.5, 0.9]) for _ in range(len(blocks) + 2)]
+    fast_update = rng.random() < 0.7
+    settings = dict(start_block=start_block, selection=selection, keep_ratio=ratios, tradeoff=alphas)
+    return settings | dict(fast_update=fast_update), dict(
+        keep_ratios=dict(zip(firsts, ratios, strict=True)), tradeoff=alphas, fast_update=fast_update)
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+@pytest.mark.parametrize('seed', range(6))
+@torch.no_grad()
+def test_equals_the_obvious_implementation(scheme, seed):
+    settings, slow_settings = random_settings(10 * seed + len(scheme))
+    model = build(seed, **SCHEMES[scheme], **settings).eval()
+    expected = evolve_slowly(model, images(), **slow_settings)
+    final, intermediates = model.forward_intermediates(images())
+    for (height, width), actual, wanted in zip([(8, 6), (4, 3), (2, 2)], intermediates, expected, strict=True):
+        wanted = wanted[:, model.num_prefix_tokens:].transpose(1, 2).unflatten(2, (height, width))
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-9, msg=lambda m: f'{settings}: {m}')
+    torch.testing.assert_close(final, expected[-1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(model(images()), model.forward_head(expected[-1]), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('learn_tradeoff', [False, True])
+@pytest.mark.parametrize('selection', ['stage', 'layer'])
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_gradients_and_batch_statistics_equal_the_obvious_implementation(scheme, selection, learn_tradeoff):
+    model = build(**SCHEMES[scheme], selection=selection, learn_tradeoff=learn_tradeoff).train()
+    slow_model = copy.deepcopy(model)
+    firsts = [(1, 0), (2, 0)] if selection == 'stage' else [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
+    alphas = [attn.learn_tradeoff.sigmoid() if learn_tradeoff else 0.5 for attn in slow_model._attentions()]
+
+    logits = model(images(4))
+    expected = slow_model.forward_head(evolve_slowly(slow_model, images(4), dict.fromkeys(firsts, 0.5), alphas)[-1])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+    weight = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
+    (logits * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for (name, a), e in zip(model.named_parameters(), slow_model.parameters(), strict=True):
+        expected = torch.zeros_like(e) if e.grad is None else e.grad  # None where no weight came to depend on it
+        torch.testing.assert_close(a.grad, expected, rtol=0, atol=1e-9 * max(1, expected.abs().max().item()), msg=name)
+    for (name, a), e in zip(model.named_buffers(), slow_model.buffers(), strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize('size', ['128s', '128', '256'])
+@pytest.mark.parametrize('training', [False, True])
+def test_keep_ratio_one_is_the_dense_model(size, training):
+    torch.manual_seed(0)
+    dense = shake(timm.create_model(f'levit_{size}'), 0.02).double().train(training)
+    evolved = timm.create_model(f'evo_levit_{size}', keep_ratio=1.0).double().train(training)
+    evolved.load_state_dict(dense.state_dict(), strict=True)
+    x = images(2, 224, 224)
+    logits, expected = evolved(x), dense(x)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+    if not training:  # batch statistics of two images are no measure of float32
+        torch.testing.assert_close(evolved.float()(x.float()), dense.float()(x.float()), rtol=0, atol=1e-5)
+        evolved.double(), dense.double()
+    for out in (logits, expected):
+        out.square().mean().backward()
+    for (name, a), e in zip(evolved.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, e.grad, rtol=0, atol=1e-9 * max(1, e.grad.abs().max().item()), msg=name)
+
+
+@pytest.mark.parametrize('settings', [
+    dict(), dict(selection='layer'), dict(keep_ratio=0.3, fast_update=False), dict(start_block=1)])
+def test_every_setting_has_the_state_dict_of_the_dense_model(settings):
+    dense = timm.create_model('levit_128s')
+    evolved = timm.create_model('evo_levit_128s', **settings)
+    evolved.load_state_dict(dense.state_dict(), strict=True)
+    assert list(evolved.state_dict()) == list(dense.state_dict())
+
+
+def test_learned_tradeoffs_are_in_the_state_dict_whether_a_gradient_reaches_them_or_not():
+    models = [create(NAMES[1], selection=selection) for selection in ('stage', 'layer')]
+    assert set(models[0].state_dict()) == set(models[1].state_dict())
+    learned = [{n for n, _ in model.named_parameters() if 'tradeoff' in n} for model in models]
+    assert 'stages.0.blocks.0.attn.learn_tradeoff' not in learned[0] | learned[1], 'the first attention sets the scores'
+    assert learned[1] - learned[0] == {'stages.2.blocks.0.attn.learn_tradeoff'}
+
+
+@pytest.mark.parametrize('settings', [
+    dict(), dict(selection='layer'), dict(class_head=True), dict(keep_ratio=1.0), dict(start_block=4),
+    dict(learn_tradeoff=False, fast_update=False), dict(keep_ratio=[0.5, 1.0])])
+def test_every_parameter_gets_a_gradient(name, settings):
+    if name == NAMES[0]:
+        settings = {k: v for k, v in settings.items() if k != 'class_head'}
+    model = create(name, **settings).train()
+    model(images(4, 128, 128, torch.float32)).square().sum().backward()
+    assert not [n for n, parameter in model.named_parameters() if parameter.grad is None]
+
+
+def test_learned_tradeoff_starts_at_the_fixed_one():
+    fixed, learned = (build(class_token=True, tradeoff=0.3, learn_tradeoff=learn).eval() for learn in (False, True))
+    missing, _ = learned.load_state_dict(fixed.state_dict(), strict=False)
+    assert all('learn_tradeoff' in key for key in missing)
+    for attn in learned._attentions():
+        nn.init.constant_(attn.learn_tradeoff, torch.tensor(0.3, dtype=torch.float64).logit().item())
+    torch.testing.assert_close(learned(images()), fixed(images()), rtol=0, atol=1e-9)
+    fresh = EvoLevit(128, **SMALL, tradeoff=0.3, learn_tradeoff=True)
+    torch.testing.assert_close(fresh.stages[1].blocks[0].attn.learn_tradeoff.sigmoid(), torch.tensor([0.3]))
+
+
+@pytest.mark.parametrize('selection', ['stage', 'layer'])
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_output_of_an_image_does_not_depend_on_the_rest_of_its_batch(scheme, selection):
+    model = build(**SCHEMES[scheme], selection=selection).eval()
+    together = model(images(4))
+    alone = torch.cat([model(image.unsqueeze(0)) for image in images(4)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('arguments, read', [
+    (dict(), range(9)),  # up to the attention before the last selection, at entry 9
+    (dict(selection='layer'), range(12)),
+    (dict(keep_ratio=[0.5, 0.5, 1.0]), range(5)),
+    (dict(keep_ratio=1.0), []),
+])
+def test_only_scores_that_a_later_selection_reads_are_computed(arguments, read):
+    # entries: 4 blocks, downsampling at 4, blocks 5 to 7, downsampling at 8, blocks 9 to 12
+    default = dict(depths=(4, 3, 4), keep_ratio=0.5, start_block=2, selection='stage', tradeoff=0.5)
+    schedule = make_pyramid_schedule(**(default | arguments))
+    assert [i for i, scored in enumerate(schedule.scored) if scored] == list(read)
+
+
+# What timm promises
+
+
+def test_heads(name):
+    model = create(name)
+    x = images(2, 128, 128, torch.float32)
+    assert model(x).shape == (2, 5)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
+    assert create(name, in_chans=1)(x[:, :1]).shape == (2, 5)
+    assert create(name, global_pool='', num_classes=0)(x).shape == (2, 4 + model.num_prefix_tokens, 32)
+
+
+def test_class_heads_average_with_those_on_the_patch_mean():
+    model = create(NAMES[1], class_head=True)
+    x = images(4, 128, 128, torch.float32)
+    features = model.forward_features(x)
+    patches, class_token = features[:, 1:].mean(1), features[:, 0]
+    logits = (model.head(patches) + model.head_cls(class_token)) / 2
+    logits_dist = (model.head_dist(patches) + model.head_cls_dist(class_token)) / 2
+    torch.testing.assert_close(model(x), (logits + logits_dist) / 2)
+    model.set_distilled_training(True)
+    assert isinstance(model(x), torch.Tensor)
+    assert [out.shape for out in model.train()(x)] == [(4, 5), (4, 5)]
+    assert [head.linear.out_features for head in model.get_classifier()] == [5] * 4
+    model.reset_classifier(3)
+    assert [head.linear.out_features for head in model.get_classifier()] == [3] * 4
+    plain = set(create(NAMES[1]).state_dict())
+    assert {key.split('.')[0] for key in set(create(NAMES[1], class_head=True).state_dict()) - plain} == {
+        'head_cls', 'head_cls_dist'}
+
+
+@pytest.mark.parametrize('img_size', [224, 384, (192, 320)])
+def test_sizes(name, img_size):
+    model = timm.create_model(name, img_size=img_size).eval()
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    maps = model.forward_intermediates(images(1, height, width, torch.float32), intermediates_only=True)
+    height, width = height // 16, width // 16
+    for y in maps:
+        assert y.shape[2:] == (height, width)
+        height, width = (height + 1) // 2, (width + 1) // 2
+
+
+def test_features_only(name):
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, features_only=True, out_indices=(0, 1), **SMALL, img_size=128).eval()
+    x = images(2, 128, 128, torch.float32)
+    assert [y.shape for y in backbone(x)] == [(2, 16, 8, 8), (2, 24, 4, 4)]
+    assert backbone.feature_info.channels() == [16, 24] and backbone.feature_info.reduction() == [16, 32]
+    whole = create(name)
+    whole.load_state_dict(backbone.model.state_dict(), strict=False)
+    expected = whole.forward_intermediates(x, indices=(0, 1), stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(backbone(x), expected)
+
+
+def test_pruned_stages_leave_no_scores_that_nothing_reads(name):
+    model, whole = create(name), create(name)
+    x = images(2, 128, 128, torch.float32)
+    model.prune_intermediate_layers([1])
+    assert [attn.scored for attn in model._attentions()] == [True, True, True, False, False, False]
+    torch.testing.assert_close(model.forward_intermediates(x)[1], whole.forward_intermediates(x)[1][:2])
+    model.train()(x).sum().backward()
+    assert not [n for n, parameter in model.named_parameters() if parameter.grad is None]
+
+
+def test_groups_and_weight_decay(name):
+    model = create(name)
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    assert set(groups) == {n for n, _ in model.named_parameters()}
+    assert groups['stem.conv1.linear.weight'] < groups['stages.1.blocks.0.attn.qkv.linear.weight']
+    skipped = model.no_weight_decay()
+    if name == NAMES[0]:
+        assert all('attention_biases' in n for n in skipped) and len(skipped) == 9
+    else:
+        embeds = {f'stages.{i}.downsample.attn_downsample.pos_embed' for i in (1, 2)}
+        assert skipped == {'cls_token', 'pos_embed'} | embeds
+        assert groups['cls_token'] == groups['pos_embed'] == 0
+
+
+@pytest.mark.parametrize('settings', [dict(), dict(selection='layer')])
+def test_grad_checkpointing_gives_the_same_gradients(name, settings):
+    gradients = []
+    for enable in (False, True):
+        model = create(name, **settings).train()
+        model.set_grad_checkpointing(enable)
+        model(images(4, 128, 128, torch.float32)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_drop_path_is_random_in_training_only(name):
+    model = create(name, drop_path_rate=0.5, drop_rate=0.1)
+    x = images(4, 128, 128, torch.float32)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_evaluation_sees_the_biases_as_trained():
+    model = create()
+    x = images(2, 128, 128, torch.float32)
+    before = model(x)
+    model.train()
+    for attn in model._attentions():
+        nn.init.normal_(attn.attention_biases, std=3)
+    after = model.eval()(x)
+    assert (after - before).abs().max() > 1e-3
+    fresh = create()
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(after, fresh(x))
+
+
+def test_device_and_dtype_moves(name):
+    model = create(name)
+    x = images(2, 128, 128, torch.float32)
+    expected = model(x)
+    if timm.__version__ >= '1.0.20':  # before, timm's own LeViT keeps its cached biases as they were
+        torch.testing.assert_close(model.double()(x.double()).float(), expected, rtol=1e-3, atol=1e-3)
+    logits = create(name).bfloat16()(x.bfloat16())
+    assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(name, dtype):
+    model = create(name).train()
+    with torch.autocast('cpu', dtype=dtype):
+        loss = model(images(4, 128, 128, torch.float32)).float().square().mean()
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_reparameterize_fuses_every_batch_norm(name):
+    model = create(name)
+    fused = reparameterize_model(model)
+    assert not [n for n, m in fused.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    x = images(2, 128, 128, torch.float32)
+    torch.testing.assert_close(fused(x), model(x), rtol=0, atol=1e-4)
+
+
+def test_torchscript(name):
+    for model in (create(name), reparameterize_model(create(name, selection='layer'))):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning)  # torch.jit.script is deprecated
+            scripted = torch.jit.script(model)
+        for batch_size in (1, 3):
+            x = images(batch_size, 128, 128, torch.float32)
+            torch.testing.assert_close(scripted(x), model(x))
+
+
+def test_compile_is_one_graph_in_inference_and_training(name):
+    model = create(name, embed_dim=(16, 24), depth=(1, 1), num_heads=(2, 3), start_block=1)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+    x = images(4, 128, 128, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    for m in (model.train(), compiled.train()):
+        m(x).square().sum().backward()
+    for a, e in zip(compiled.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, e.grad, rtol=1e-3, atol=1e-3 * max(1, e.grad.abs().max().item()))
+
+
+def test_export_with_a_dynamic_batch(name):
+    model = create(name)
+    batch = torch.export.Dim('batch', min=1, max=64)
+    x = images(5, 128, 128, torch.float32)
+    exported = torch.export.export(model, (x[:2],), dynamic_shapes=({0: batch},)).module()
+    for batch_size in (1, 2, 5):
+        torch.testing.assert_close(exported(x[:batch_size]), model(x[:batch_size]))
+
+
+def test_copies_travel(name):
+    model = create(name)
+    x = images(2, 128, 128, torch.float32)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+# Errors
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(keep_ratio=0.0), r'keep_ratio=0.0 .* \(0, 1\]'),
+    (dict(keep_ratio=[0.5]), r'keep_ratio=\[0.5\] has 1 values, .* one per segment, 2'),
+    (dict(keep_ratio=0.05), r'keep_ratio=0.05 of 16 patch tokens leaves none'),
+    (dict(start_block=9), r'start_block=9 .* 1..8 for a model of 9 blocks'),
+    (dict(selection='token'), r"selection='token' .* 'stage' or 'layer'"),
+    (dict(tradeoff=2), r'tradeoff=2 .* \[0, 1\]'),
+    (dict(tradeoff=[0.5] * 9), r'tradeoff=.* has 9 values, .* one per attention, 11'),
+    (dict(learn_tradeoff=True, tradeoff=1.0), r'tradeoff=1.0 .* \(0, 1\)'),
+    (dict(learn_tradeoff=True, fast_update=False), r'learn_tradeoff=True .* fast_update=False'),
+    (dict(class_head=True), r'class_head=True .* class_token=True'),
+    (dict(use_conv=True), r'use_conv=True .* linear mode'),
+    (dict(img_size=230), r'img_size=\(230, 230\) .* multiples of 16'),
+    (dict(img_size=(224, 200)), r'img_size=\(224, 200\) .* multiples of 16'),
+])
+def test_argument_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('evo_levit_128s', **arguments)
+
+
+def test_no_weights_of_the_published_architecture():
+    with pytest.raises(RuntimeError, match='evo_levit_cls_256, .*no weights .*from_official'):
+        timm.create_model('evo_levit_cls_256', pretrained=True)
+
+
+def test_an_image_of_another_size_is_refused(name):
+    for height, width in ((96, 128), (144, 128), (128, 64)):
+        with pytest.raises(AssertionError, match='128'):
+            create(name)(images(1, height, width, torch.float32))

@@ -1,0 +1,510 @@
+""" LeViT with token evolution
+
+`Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390, over timm's
+LeViT. Because no token is dropped, the grid is whole wherever the pyramid halves it.
+
+timm's modules are built by timm and then change their class: an attention has to evolve the scores by its matrix, and
+to find the biases of the tokens it is given. Weights and all other modules stay as they are.
+"""
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple, trunc_normal_
+from timm.layers.trace_utils import _assert
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models.levit import (
+    Attention,
+    AttentionDownsample,
+    LevitBlock,
+    LevitDistilled,
+    LevitDownsample,
+    LevitStage,
+    NormLinear,
+)
+from torch import Tensor, nn
+
+from . import evolution
+from .schedule import cut_schedule, make_pyramid_schedule
+
+__all__ = ['EvoLevit']
+
+
+class _ScoringAttention(nn.Module):
+    """What both attentions have beside timm's: alpha, and maybe no biases."""
+
+    def init_evolution(self, tradeoff: float, learn_tradeoff: bool, class_token: bool) -> None:
+        """Set up an attention that is dense so far.
+
+        Args:
+            tradeoff: alpha, the share of this attention in the scores, or its initial value.
+            learn_tradeoff: Whether alpha is the sigmoid of an entry in the state dict.
+            class_token: Whether the first token is the class token; then there are no biases.
+        """
+        self.scored = False
+        self.tradeoff = tradeoff
+        self.class_token = class_token
+        weight = self.attention_biases
+        self.register_buffer(
+            'learn_tradeoff', torch.full_like(weight[0, :1], tradeoff).logit() if learn_tradeoff else None)
+        if class_token:
+            del self.attention_biases, self.attention_bias_idxs
+            self.register_parameter('attention_biases', None)
+            self.register_buffer('attention_bias_idxs', None, persistent=False)
+
+    def set_scored(self, scored: bool, weighted: bool) -> None:
+        """Say who reads the scores of this attention.
+
+        Args:
+            scored: Whether a later selection does.
+            weighted: Whether a later representative token is weighted by them, too. Only then a gradient reaches a
+                learned trade-off, and it is a parameter. Otherwise it is a buffer, so that the state dict is the same.
+        """
+        self.scored = scored
+        if self.learn_tradeoff is None:
+            return
+        value = self.learn_tradeoff.detach()
+        del self.learn_tradeoff
+        if weighted:
+            self.learn_tradeoff = nn.Parameter(value)
+        else:
+            self.register_buffer('learn_tradeoff', value)
+
+    def reset_parameters(self) -> None:
+        """Initialize parameters and buffers, as timm's."""
+        if self.attention_biases is not None:
+            super().reset_parameters()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Initialize non-persistent buffers, as timm's."""
+        if self.attention_biases is not None:
+            super().init_non_persistent_buffers()
+
+
+class EvoAttention(_ScoringAttention, Attention):
+    """timm's LeViT `Attention`, over the tokens of a selection."""
+
+    def bias_positions(self, slow: Tensor | None, representative: Tensor | None) -> Tensor | None:
+        """Entries of the table of biases for the tokens of a selection, the same for all blocks of a stage."""
+        if self.attention_biases is None:
+            return None
+        return evolution.bias_positions(
+            self.attention_bias_idxs, slow, representative, self.attention_biases.shape[1])
+
+    def forward(
+            self,
+            x: Tensor,
+            scores: Tensor | None,
+            slow: Tensor | None,
+            positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, and evolve the scores.
+
+        Args:
+            x: Tokens present (B, L, C): the full sequence, or those of a selection.
+            scores: Scores so far (B, P + N), if any.
+            slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+            positions: Entries of the table of biases (B, L, L); None where no selection is open, or without biases.
+
+        Returns:
+            What the attention adds to the tokens (B, L, C).
+            Scores (B, P + N).
+        """
+        head = (self.num_heads, 2 * self.key_dim + self.val_dim)
+        q, k, v = self.qkv(x).unflatten(2, head).split([self.key_dim, self.key_dim, self.val_dim], dim=3)
+        attn = (q * self.scale).transpose(1, 2) @ k.permute(0, 2, 3, 1)
+        if self.attention_biases is not None:
+            if positions is None:
+                attn = attn + self.get_attention_biases(x.device)
+            else:
+                attn = attn + evolution.gather_biases(self.attention_biases, positions)
+        attn = attn.softmax(dim=-1)
+        if self.scored:
+            attention = evolution.mean_attention(attn, self.class_token, slow)
+            scores = evolution.global_class_attention(scores, attention, self.tradeoff, slow, self.learn_tradeoff)
+        x = (attn @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
+        return self.proj(x), scores
+
+
+class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
+    """timm's LeViT `AttentionDownsample`, with a class token that goes along, and scores that are downsampled, too."""
+
+    def init_evolution(self, tradeoff: float, learn_tradeoff: bool, class_token: bool) -> None:
+        """Set up an attention that is dense so far, see `_ScoringAttention`."""
+        num_patches = self.attention_bias_idxs.shape[1]
+        super().init_evolution(tradeoff, learn_tradeoff, class_token)
+        self.pos_embed = None
+        if class_token:
+            weight = next(self.kv.parameters())
+            self.pos_embed = nn.Parameter(weight.new_empty(1, 1 + num_patches, weight.shape[1]))
+            trunc_normal_(self.pos_embed, std=.02)
+
+    def downsample(self, x: Tensor) -> Tensor:
+        """Keep the prefix and every second row and column: (B, P + N, C) to (B, P + M, C)."""
+        if not self.class_token:
+            return self.q.down(x)
+        return torch.cat([x[:, :1], self.q.down(x[:, 1:])], dim=1)
+
+    def forward(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Attend with the tokens that are left to all, and evolve the scores.
+
+        Args:
+            x: Full sequence (B, P + N, C).
+            scores: Scores so far (B, P + N), if any.
+
+        Returns:
+            Full sequence of the smaller grid (B, P + M, C).
+            Its scores (B, P + M).
+        """
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        head = (self.num_heads, self.key_dim + self.val_dim)
+        k, v = self.kv(x).unflatten(2, head).split([self.key_dim, self.val_dim], dim=3)
+        q = self.q.ln(self.downsample(x)).unflatten(2, (self.num_heads, self.key_dim))
+        attn = (q * self.scale).transpose(1, 2) @ k.permute(0, 2, 3, 1)
+        if self.attention_biases is not None:
+            attn = attn + self.get_attention_biases(x.device)
+        attn = attn.softmax(dim=-1)
+        if self.scored:
+            assert scores is not None
+            attention = evolution.mean_attention(attn, self.class_token, None)
+            scores = evolution.downsampled_class_attention(
+                scores,
+                self.downsample(scores.unsqueeze(2)).squeeze(2),
+                self.downsample(attention.unsqueeze(2)).squeeze(2),
+                self.tradeoff,
+                1 if self.class_token else 0,
+                self.learn_tradeoff,
+            )
+        x = (attn @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
+        return self.proj(x), scores
+
+
+class EvoLevitBlock(LevitBlock):
+    """timm's `LevitBlock` around `EvoAttention`."""
+
+    def forward(
+            self,
+            x: Tensor,
+            scores: Tensor | None,
+            slow: Tensor | None,
+            positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens and scores after attention and MLP, see `EvoAttention.forward`."""
+        y, scores = self.attn(x, scores, slow, positions)
+        x = x + self.drop_path1(y)
+        return x + self.drop_path2(self.mlp(x)), scores
+
+
+class EvoLevitDownsample(LevitDownsample):
+    """timm's `LevitDownsample` around `EvoAttentionDownsample`."""
+
+    def forward(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Sequence and scores of the smaller grid, see `EvoAttentionDownsample.forward`."""
+        x, scores = self.attn_downsample(x, scores)
+        return x + self.drop_path(self.mlp(x)), scores
+
+
+class EvoLevitStage(LevitStage):
+    """timm's `LevitStage`, whose blocks run the slow tokens of a selection."""
+
+    def forward(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Downsample, if this is not the first stage, and run the blocks.
+
+        Args:
+            x: Full sequence (B, P + N, C).
+            scores: Scores so far (B, P + N), if any.
+
+        Returns:
+            Full, ordered sequence after the stage.
+            Its scores.
+        """
+        if hasattr(self.downsample, 'attn_downsample'):
+            x, scores = self.downsample(x, scores)
+
+        tokens = x
+        slow: Tensor | None = None  # positions of the slow tokens, None while every token goes through the blocks
+        representative: Tensor | None = None
+        positions: Tensor | None = None
+        for i, block in enumerate(self.blocks):
+            if self.keep_ratio[i] > 0:
+                x = evolution.slow_fast_update(x, tokens, slow, representative)
+                tokens, slow, representative = evolution.begin_segment(
+                    x, scores, self.keep_ratio[i], self.num_prefix_tokens, self.fast_update)
+                positions = block.attn.bias_positions(slow, representative)
+            tokens, scores = block(tokens, scores, slow, positions)
+        return evolution.slow_fast_update(x, tokens, slow, representative), scores
+
+
+class EvoLevit(LevitDistilled):
+    """timm's distilled LeViT with token evolution, in two schemes.
+
+    * As timm's, with attention biases and timm's weights. The attention that the average of the patch tokens pays gives
+      the scores, because the head reads that average.
+    * With a class token, as the authors publish it (`class_token=True`): its attention gives the scores, and absolute
+      position embeddings, at the input and wherever the grid is halved, take the place of the biases.
+
+    Takes the arguments of timm's `LevitDistilled` and those of `init_evolution`.
+    """
+
+    def __init__(
+            self,
+            img_size: int | tuple[int, int] = 224,
+            *,
+            keep_ratio: float | Sequence[float] = 0.5,
+            start_block: int = 2,
+            selection: str = 'stage',
+            tradeoff: float | Sequence[float] = 0.5,
+            learn_tradeoff: bool = False,
+            fast_update: bool = True,
+            class_token: bool = False,
+            class_head: bool = False,
+            **kwargs,
+    ) -> None:
+        super().__init__(img_size, **kwargs)
+        self._init_grid(to_2tuple(img_size))
+        self.init_evolution(
+            keep_ratio, start_block, selection, tradeoff, learn_tradeoff, fast_update, class_token, class_head)
+
+    def init_evolution(
+            self,
+            keep_ratio: float | Sequence[float] = 0.5,
+            start_block: int = 2,
+            selection: str = 'stage',
+            tradeoff: float | Sequence[float] = 0.5,
+            learn_tradeoff: bool = False,
+            fast_update: bool = True,
+            class_token: bool = False,
+            class_head: bool = False,
+    ) -> None:
+        """Set up token evolution in a model that is dense so far.
+
+        Args:
+            keep_ratio: Share of the patch tokens on the slow path, in (0, 1]; one number or one per segment. 1.0 is
+                exactly the dense model.
+            start_block: First block that evolves, counted through the stages; at least 1.
+            selection: 'stage', one selection per stage, or 'layer', one per block.
+            tradeoff: Share alpha in [0, 1] of an attention in the scores; one number, or one per attention, those
+                that downsample included.
+            learn_tradeoff: Learn alpha, one scalar per attention, as the authors do; `tradeoff` is where it starts.
+            fast_update: Update placeholder tokens through the representative token. If False they are only preserved.
+            class_token: Class token and absolute position embeddings instead of attention biases.
+            class_head: Two more heads on the class token, as the authors train. Every head's logits then are the mean
+                of those of the patch mean and those of the class token.
+
+        Raises:
+            ValueError: An argument is outside what is allowed, or leaves no patch token to select.
+        """
+        if self.use_conv:
+            raise ValueError("use_conv=True is not allowed, a selection of tokens is no image. timm's linear mode is.")
+        if class_head and not (class_token and self.global_pool == 'avg'):
+            raise ValueError(
+                "class_head=True is not allowed, it needs class_token=True and global_pool='avg', "
+                f'not class_token={class_token} and global_pool={self.global_pool!r}.')
+        depths = [len(stage.blocks) for stage in self.stages]
+        self.schedule = make_pyramid_schedule(depths, keep_ratio, start_block, selection, tradeoff)
+        if learn_tradeoff and not fast_update:
+            raise ValueError('learn_tradeoff=True is not allowed with fast_update=False, nothing would train it.')
+        if learn_tradeoff and not all(0 < alpha < 1 for alpha in self.schedule.tradeoff):
+            raise ValueError(f'tradeoff={tradeoff!r} is not allowed with learn_tradeoff=True, it must be in (0, 1).')
+        self.fast_update = fast_update
+        self.num_prefix_tokens = 1 if class_token else 0
+        self._check_selection()
+
+        self.cls_token = self.pos_embed = None
+        if class_token:
+            weight = next(self.parameters())
+            num_patches = self._attentions()[0].attention_bias_idxs.shape[0]
+            self.cls_token = nn.Parameter(weight.new_zeros(1, 1, self.embed_dim[0]))
+            self.pos_embed = nn.Parameter(weight.new_empty(1, 1 + num_patches, self.embed_dim[0]))
+            trunc_normal_(self.pos_embed, std=.02)
+        for attn, alpha in zip(self._attentions(), self.schedule.tradeoff, strict=True):
+            attn.__class__ = EvoAttention if isinstance(attn, Attention) else EvoAttentionDownsample
+            attn.init_evolution(alpha, learn_tradeoff, class_token)
+        for stage in self.stages:
+            stage.__class__ = EvoLevitStage
+            stage.fast_update = fast_update
+            stage.num_prefix_tokens = self.num_prefix_tokens
+            if not isinstance(stage.downsample, nn.Identity):
+                stage.downsample.__class__ = EvoLevitDownsample
+            for block in stage.blocks:
+                block.__class__ = EvoLevitBlock
+            stage.blocks = nn.ModuleList(stage.blocks)  # no nn.Sequential, they pass more than one tensor on
+        self.stages = nn.ModuleList(self.stages)
+        self._apply_schedule()
+        self._init_class_heads(class_head)
+
+    def _attentions(self) -> list[Attention | AttentionDownsample]:
+        """All attentions in the order of the schedule."""
+        attentions = []
+        for stage in self.stages:
+            if not isinstance(stage.downsample, nn.Identity):
+                attentions.append(stage.downsample.attn_downsample)
+            attentions += [block.attn for block in stage.blocks]
+        return attentions
+
+    def _init_grid(self, img_size: tuple[int, int]) -> None:
+        """Note the size of the image, and refuse one for which the stem gives another grid than timm expects of it."""
+        stride = self.feature_info[0]['reduction']
+        if any(size % stride for size in img_size):
+            raise ValueError(
+                f'img_size={img_size} is not allowed, height and width must be multiples of {stride}: the stages halve '
+                f'a grid of {" x ".join(str(size // stride) for size in img_size)}, the stem would give another.')
+        self.img_size = img_size
+
+    def _check_selection(self) -> None:
+        """Refuse a keep ratio that leaves no slow token in a stage."""
+        for attn, ratio in zip(self._attentions(), self.schedule.keep_ratio, strict=True):
+            num_patches = attn.attention_bias_idxs.shape[1]
+            if ratio > 0 and int(ratio * num_patches) < 1:
+                raise ValueError(
+                    f'keep_ratio={ratio} of {num_patches} patch tokens leaves none on the slow path, '
+                    f'it must be at least {1 / num_patches:.4g} for a stage of this size.')
+
+    def _apply_schedule(self) -> None:
+        """Tell each stage and attention its part of the schedule."""
+        keep_ratio, scored, _ = self.schedule
+        begin = 0
+        for stage in self.stages:
+            begin += not isinstance(stage.downsample, nn.Identity)
+            stage.keep_ratio = keep_ratio[begin:begin + len(stage.blocks)]
+            begin += len(stage.blocks)
+        seen = False  # whether there are scores to mix with: the first attention sets them, whatever its alpha
+        for attn, is_scored in zip(self._attentions(), scored, strict=True):
+            attn.set_scored(is_scored, weighted=is_scored and seen)
+            seen = seen or is_scored
+
+    def _init_class_heads(self, class_head: bool) -> None:
+        self.class_head = class_head
+        self.head_cls, self.head_cls_dist = self._make_class_head(), self._make_class_head()
+
+    def _make_class_head(self) -> nn.Module:
+        if not self.class_head or self.num_classes == 0:
+            return nn.Identity().train(self.training)
+        head = NormLinear(self.num_features, self.num_classes, drop=self.drop_rate)
+        return head.to(next(self.head.parameters())).train(self.training)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay: position embeddings in whatever form, and the class token."""
+        names = ('attention_biases', 'pos_embed', 'cls_token')
+        return {name for name, _ in self.named_parameters() if name.endswith(names)}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups, as timm's; class token and position embeddings at the input are of the stem."""
+        return dict(super().group_matcher(coarse), stem=r'^stem|^cls_token|^pos_embed')
+
+    @torch.jit.ignore
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """The heads: `head`, `head_dist`, and with `class_head=True` `head_cls`, `head_cls_dist`."""
+        heads = (self.head, self.head_dist)
+        return (*heads, self.head_cls, self.head_cls_dist) if self.class_head else heads
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Reset the classifier heads, as timm's; those on the class token go with the patch-mean pooling."""
+        super().reset_classifier(num_classes, global_pool)
+        self._init_class_heads(self.class_head and self.global_pool == 'avg')
+
+    def prune_intermediate_layers(
+            self,
+            indices: int | list[int] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Prune stages not required for specified intermediates, as timm's."""
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        self.schedule = cut_schedule(self.schedule, len(self._attentions()))
+        self._apply_schedule()
+        return take_indices
+
+    def _check_image(self, x: Tensor) -> None:
+        _assert(x.shape[2] == self.img_size[0], f'Input height ({x.shape[2]}) must be {self.img_size[0]}.')
+        _assert(x.shape[3] == self.img_size[1], f'Input width ({x.shape[3]}) must be {self.img_size[1]}.')
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Feature map of the stem (B, C, H, W) to the sequence that enters the first stage (B, P + N, C)."""
+        x = x.flatten(2).transpose(1, 2)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to the full, ordered sequence after the last stage (B, P + N, C)."""
+        self._check_image(x)
+        x = self._embed(self.stem(x))
+        scores: Tensor | None = None
+        for stage in self.stages:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x, scores = checkpoint(stage, x, scores)
+            else:
+                x, scores = stage(x, scores)
+        return x
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: int | list[int] | None = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features that return intermediates, as timm's `Levit.forward_intermediates`: a whole grid of each stage.
+
+        Args:
+            x: Images (B, C, H, W).
+            indices: Take last n stages if int, all if None, select matching indices if sequence.
+            norm: Not used, LeViT has no final norm.
+            stop_early: Stop iterating over stages when last desired intermediate hit.
+            output_fmt: Must be 'NCHW'.
+            intermediates_only: Only return intermediate features.
+
+        Returns:
+            The final sequence (B, P + N, C) and feature maps (B, C, H, W), or these alone.
+        """
+        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+
+        self._check_image(x)
+        x = self.stem(x)
+        B, _, H, W = x.shape
+        x = self._embed(x)
+        scores: Tensor | None = None
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript can't slice stages
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index + 1]
+        for i, stage in enumerate(stages):
+            if i > 0:
+                H, W = (H + 1) // 2, (W + 1) // 2
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x, scores = checkpoint(stage, x, scores)
+            else:
+                x, scores = stage(x, scores)
+            if i in take_indices:
+                intermediates.append(x[:, self.num_prefix_tokens:].reshape(B, H, W, -1).permute(0, 3, 1, 2))
+
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Sequence (B, P + N, C) to logits (B, num_classes), or to pooled features if `pre_logits`.
+
+        In distilled training, the pair of logits of `head` and `head_dist`; otherwise their mean, as timm's.
+        """
+        x_cls = x[:, 0]
+        if self.global_pool == 'avg':
+            x = x[:, self.num_prefix_tokens:].mean(dim=1)
+        if pre_logits:
+            return (x + x_cls) / 2 if self.class_head else x
+        logits, logits_dist = self.head(x), self.head_dist(x)
+        if self.class_head:
+            logits = (logits + self.head_cls(x_cls)) / 2
+            logits_dist = (logits_dist + self.head_cls_dist(x_cls)) / 2
+        if self.distilled_training and self.training and not torch.jit.is_scripting():
+            return logits, logits_dist
+        return (logits + logits_dist) / 2
