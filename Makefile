@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # the oldest timm of the range in setup.cfg
 OLDEST_TIMM := 1.0.13
+OLDEST_TESTS := faithful method short_block levit timm_api errors
 # the models that `make timm-suite` runs timm's own tests over, and those of `make test`
-MODELS ?= evo_* deit_*patch16_224 deit_base*_patch16_384 test_vit
-FEW_MODELS := evo_test_vit evo_deit_tiny_patch16_224 evo_deit_tiny_distilled_patch16_224
+MODELS ?= evo_* deit_*patch16_224 deit_base*_patch16_384 levit_128s levit_128 levit_192 levit_256 levit_384 test_vit
+FEW_MODELS := evo_test_vit evo_deit_tiny_patch16_224 evo_deit_tiny_distilled_patch16_224 evo_levit_128s evo_levit_cls_128s
 
 .PHONY: demo test lint tests tests-oldest-timm timm-suite few-of-timm-suite clean
 
@@ -24,8 +25,7 @@ tests: $(VENV)/ready
 
 # The same library against the other end of timm's range. What needs a process of its own or timm's newest is left out.
 tests-oldest-timm: $(VENV)/timm-$(OLDEST_TIMM)
-	PYTHONPATH=$< $(BIN)/python -m pytest -k 'not compile' \
-		tests/test_faithful.py tests/test_method.py tests/test_short_block.py tests/test_timm_api.py tests/test_errors.py
+	PYTHONPATH=$< $(BIN)/python -m pytest -k 'not compile' $(OLDEST_TESTS:%=tests/test_%.py)
 
 few-of-timm-suite: MODELS := $(FEW_MODELS)
 # All evolved models and their dense twins, side by side; the large ones take their time.

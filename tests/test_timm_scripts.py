@@ -39,6 +39,7 @@ BATCHES = NUM_CLASSES * IMAGES_PER_CLASS // BATCH_SIZE
 DATA = ['--data-dir', 'images', '--batch-size', BATCH_SIZE, '--workers', 0, '--device', 'cpu']
 SHAPE = ['img_size=32', 'patch_size=8', 'embed_dim=64', 'num_heads=2']
 SMALL = ['--img-size', 32, '--model-kwargs', *SHAPE, 'depth=6', 'start_block=2']
+LEVIT = ['--img-size', 128, '--model-kwargs', 'img_size=128']
 TINY = ['--img-size', 32, '--model-kwargs', *SHAPE, 'depth=2', 'start_block=1']  # compiling takes most of the time
 
 
@@ -79,6 +80,11 @@ TRAININGS = {
     'token_distilled': Training(
         ['--model', 'evo_deit_tiny_distilled_patch16_224', *SMALL],
         ['--kd-distill-type', 'token', '--kd-model-name', 'local-dir:teacher'],
+    ),
+    'levit': Training(['--model', 'evo_levit_128s', *LEVIT], epochs=4, updates=4 * BATCHES),
+    'levit_four_heads_token_distilled': Training(
+        ['--model', 'evo_levit_cls_128s', *LEVIT, 'class_head=True'],
+        ['--kd-distill-type', 'token', '--kd-model-name', 'local-dir:teacher', '--model-ema', '--drop-path', 0.1],
     ),
     'compiled': Training(
         ['--model', 'evo_deit_tiny_patch16_224', *TINY],
@@ -185,7 +191,7 @@ def workplace(tmp_path_factory) -> Workplace:
         copy_images(Path(os.environ['TIMM_EVO_IMAGES']), folder / 'images')
     else:
         write_digits(folder / 'images')
-    teacher_args = dict(img_size=32, patch_size=8, embed_dim=64, num_heads=2, depth=2)
+    teacher_args = dict(img_size=32, patch_size=8, embed_dim=64, num_heads=2, depth=2, dynamic_img_size=True)
     teacher = timm.create_model('deit_tiny_patch16_224', num_classes=NUM_CLASSES, **teacher_args)
     save_for_hf(teacher, folder / 'teacher', model_args=teacher_args)
     return Workplace(folder)
@@ -229,12 +235,17 @@ def test_train_resumes_at_the_next_epoch(workplace, trained):
     assert updates == {run.training.updates}
 
 
-@pytest.mark.parametrize('name', ['plain', 'two_heads_mixup_ema_bfloat16_accumulation'])
-def test_validate_agrees_with_train(workplace, trained, name):
+@pytest.mark.parametrize('name, option', [
+    ('plain', []),
+    ('two_heads_mixup_ema_bfloat16_accumulation', []),
+    ('levit', []),
+    ('levit', ['--reparam']),
+])
+def test_validate_agrees_with_train(workplace, trained, name, option):
     run = trained(name)
     result = workplace.result(
         'validate.py', *DATA, '--num-classes', NUM_CLASSES, *run.training.model, *run.training.checks,
-        '--checkpoint', f'output/{name}/last.pth.tar')
+        '--checkpoint', f'output/{name}/last.pth.tar', *option)
     assert [result['top1'], result['top5']] == pytest.approx(run.top1_top5, abs=1e-3)
 
 
@@ -259,11 +270,12 @@ def test_validate_takes_wildcards_and_the_weights_of_the_dense_twin_from_the_hub
     assert [evolved['top1'], evolved['top5']] == pytest.approx(run.top1_top5, abs=1e-3)
 
 
-def test_benchmark_measures_inference_and_training(workplace):
+@pytest.mark.parametrize('model', ['evo_test_vit', 'evo_levit_128s'])
+def test_benchmark_measures_inference_and_training(workplace, model):
     result = workplace.result(
-        'benchmark.py', '--model', 'evo_test_vit', '--bench', 'both', '--device', 'cpu',
+        'benchmark.py', '--model', model, '--bench', 'both', '--device', 'cpu',
         '--batch-size', 2, '--num-warm-iter', 1, '--num-bench-iter', 5)
-    assert result['model'] == 'evo_test_vit' and 'error' not in result
+    assert result['model'] == model and 'error' not in result
     assert result['infer_samples_per_sec'] > 0 and result['train_samples_per_sec'] > 0
     assert result.get('infer_gmacs', 1) > 0  # only with a profiler installed
 

@@ -10,19 +10,23 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=6, num_heads=2, num_classes=7, start_block=2, stage_depth=2)
+DEIT = dict(img_size=32, patch_size=4, embed_dim=32, depth=6, num_heads=2, num_classes=7, start_block=2, stage_depth=2)
+LEVIT = dict(img_size=64, stem_type='s8', embed_dim=(16, 24), key_dim=8, depth=(2, 3), num_heads=(2, 3), num_classes=7)
 SETTINGS = {
-    'stage': ('evo_deit_tiny_patch16_224', dict()),
-    'layer': ('evo_deit_tiny_patch16_224', dict(selection='layer')),
-    'preserve': ('evo_deit_tiny_patch16_224', dict(fast_update=False)),
-    'class head': ('evo_deit_tiny_patch16_224', dict(global_pool='avg', class_head=True)),
-    'distilled': ('evo_deit_tiny_distilled_patch16_224', dict()),
+    'stage': ('evo_deit_tiny_patch16_224', DEIT),
+    'layer': ('evo_deit_tiny_patch16_224', DEIT | dict(selection='layer')),
+    'preserve': ('evo_deit_tiny_patch16_224', DEIT | dict(fast_update=False)),
+    'class head': ('evo_deit_tiny_patch16_224', DEIT | dict(global_pool='avg', class_head=True)),
+    'distilled': ('evo_deit_tiny_distilled_patch16_224', DEIT),
+    'levit': ('evo_levit_128s', LEVIT),
+    'levit, stage': ('evo_levit_cls_128s', LEVIT),
+    'levit, layer': ('evo_levit_cls_128s', LEVIT | dict(selection='layer', learn_tradeoff=False, class_head=True)),
 }
 
 
 def create(setting: str):
     name, arguments = SETTINGS[setting]
-    return timm.create_model(name, **SMALL, **arguments).train()
+    return timm.create_model(name, **arguments).train()
 
 
 def train(rank: int, port: int, folder: Path) -> None:
@@ -35,7 +39,8 @@ def train(rank: int, port: int, folder: Path) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for _ in range(2):  # the second step fails if a parameter of the first had no gradient
             optimizer.zero_grad()
-            F.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.randint(7, (4,))).backward()
+            images = torch.randn(4, 3, *[SETTINGS[setting][1]['img_size']] * 2)
+            F.cross_entropy(model(images), torch.randint(7, (4,))).backward()
             optimizer.step()
         torch.save(model.module.state_dict(), folder / f'{setting} {rank}.pth')
     dist.destroy_process_group()
@@ -56,6 +61,6 @@ def folder(tmp_path_factory) -> Path:
 def test_two_processes_train_every_parameter_and_end_with_equal_weights(setting, folder):
     first, second = (torch.load(folder / f'{setting} {rank}.pth', weights_only=True) for rank in range(2))
     torch.manual_seed(0)
-    for key, start in create(setting).state_dict().items():
+    for key, start in create(setting).named_parameters():  # no statistics, each process has its own
         assert torch.equal(first[key], second[key]), key
         assert not torch.equal(first[key], start), f'{key} was not trained'

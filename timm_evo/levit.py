@@ -71,6 +71,10 @@ class _ScoringAttention(nn.Module):
         else:
             self.register_buffer('learn_tradeoff', value)
 
+    def _apply(self, fn, *args, **kwargs):
+        self.attention_bias_cache = {}  # an older timm keeps it when the model moves
+        return super()._apply(fn, *args, **kwargs)
+
     def reset_parameters(self) -> None:
         """Initialize parameters and buffers, as timm's."""
         if self.attention_biases is not None:
