@@ -288,6 +288,12 @@ def representative_token(x: Tensor, scores: Tensor, slow: Tensor) -> Tensor:
     return weight.unsqueeze(1).to(x.dtype) @ x
 
 
+def _rows(positions: Tensor, num_tokens: int) -> Tensor:
+    """Positions (B, K) in sequences of a length as rows of the whole batch (B * K,), to copy whole rows at once."""
+    offsets = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1) * num_tokens
+    return (positions + offsets).flatten()
+
+
 @torch.fx.wrap
 def begin_segment(
         x: Tensor,
@@ -315,7 +321,7 @@ def begin_segment(
         return x, None, None
     assert scores is not None
     slow = select_tokens(scores, keep_ratio, num_prefix_tokens)
-    tokens = x.gather(1, slow.unsqueeze(2).expand(-1, -1, x.shape[2]))
+    tokens = x.flatten(0, 1).index_select(0, _rows(slow, x.shape[1])).unflatten(0, slow.shape)
     if not fast_update:
         return tokens, slow, None
     representative = representative_token(x, scores, slow)
@@ -340,11 +346,12 @@ def slow_fast_update(x: Tensor, tokens: Tensor, slow: Tensor | None, representat
     """
     if slow is None:
         return tokens
-    index = slow.unsqueeze(2).expand(-1, -1, x.shape[2])
+    rows = _rows(slow, x.shape[1])
     if representative is None:
-        return x.scatter(1, index, tokens)
-    # added to all, because the scatter overwrites the others: the placeholders need no index of their own
-    return (x + (tokens[:, -1:] - representative)).scatter_(1, index, tokens[:, :-1])
+        return x.flatten(0, 1).index_copy(0, rows, tokens.flatten(0, 1)).view_as(x)
+    # added to all, because the copy overwrites the others: the placeholders need no index of their own
+    moved = x + (tokens[:, -1:] - representative)
+    return moved.flatten(0, 1).index_copy_(0, rows, tokens[:, :-1].flatten(0, 1)).view_as(x)
 
 
 @torch.fx.wrap
