@@ -160,7 +160,7 @@ def mean_attention(attention: Tensor, class_token: bool, slow: Tensor | None) ->
     Half precision is raised to float32, as in `class_attention`.
 
     Args:
-        attention: Attention of all tokens present (B, H, T, L), or of those that are left by downsampling.
+        attention: Attention of all tokens present (H, B, T, L), or of those that are left by downsampling.
         class_token: Whether the first token is the class token.
         slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
 
@@ -169,7 +169,7 @@ def mean_attention(attention: Tensor, class_token: bool, slow: Tensor | None) ->
     """
     num_queries = 1 if class_token else attention.shape[2] if slow is None else slow.shape[1]
     dtype = torch.float64 if attention.dtype == torch.float64 else torch.float32
-    return attention[:, :, :num_queries].mean(dim=[1, 2], dtype=dtype)
+    return attention[:, :, :num_queries].mean(dim=[0, 2], dtype=dtype)
 
 
 def _mix(scores: Tensor, attention: Tensor, tradeoff: float, learned: Tensor | None) -> Tensor:
@@ -382,7 +382,6 @@ def gather_biases(biases: Tensor, positions: Tensor) -> Tensor:
         positions: Entries (B, L, L), as `bias_positions` gives them.
 
     Returns:
-        Biases (B, H, L, L), zero for the representative token.
+        Biases (H, B, L, L), zero for the representative token.
     """
-    gathered = F.pad(biases, (0, 1)).index_select(1, positions.flatten())
-    return gathered.unflatten(1, positions.shape).transpose(0, 1)
+    return F.pad(biases, (0, 1)).index_select(1, positions.flatten()).unflatten(1, positions.shape)

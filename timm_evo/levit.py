@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from timm.layers import to_2tuple, trunc_normal_
 from timm.layers.trace_utils import _assert
 from timm.models import checkpoint
@@ -29,6 +30,38 @@ from . import evolution
 from .schedule import cut_schedule, make_pyramid_schedule
 
 __all__ = ['EvoLevit']
+
+
+@torch.fx.wrap
+def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> Tensor:
+    """Attention matrix, heads first.
+
+    Args:
+        query: Queries (B, Q, H, d).
+        key: Keys (B, L, H, d).
+        scale: Factor on the products.
+        biases: Biases of the grid (H, Q, L), or of each image (H, B, Q, L), which are overwritten.
+
+    Returns:
+        Attention (H, B, Q, L).
+    """
+    batch_size, _, num_heads, _ = query.shape
+    query = query.permute(2, 0, 1, 3).flatten(0, 1)
+    key = key.permute(2, 0, 3, 1).flatten(0, 1)
+    if biases is None:
+        logits = (query * scale) @ key
+    else:
+        if biases.dim() == 3:
+            biases = biases.unsqueeze(1).repeat(1, batch_size, 1, 1)
+        # Products are added in place to what each image has a copy of anyway: a pass over the matrix less.
+        logits = biases.to(query.dtype).flatten(0, 1).baddbmm_(query, key, alpha=scale)
+    return logits.softmax(dim=-1).unflatten(0, (num_heads, batch_size))
+
+
+@torch.fx.wrap
+def _gather_values(attention: Tensor, value: Tensor) -> Tensor:
+    """Values (B, L, H, d) by attention (H, B, Q, L), all heads side by side (B, Q, H * d)."""
+    return (attention.to(value.dtype) @ value.permute(2, 0, 1, 3)).permute(1, 2, 0, 3).flatten(2)
 
 
 class _ScoringAttention(nn.Module):
@@ -117,18 +150,17 @@ class EvoAttention(_ScoringAttention, Attention):
         """
         head = (self.num_heads, 2 * self.key_dim + self.val_dim)
         q, k, v = self.qkv(x).unflatten(2, head).split([self.key_dim, self.key_dim, self.val_dim], dim=3)
-        attn = (q * self.scale).transpose(1, 2) @ k.permute(0, 2, 3, 1)
+        biases: Tensor | None = None
         if self.attention_biases is not None:
             if positions is None:
-                attn = attn + self.get_attention_biases(x.device)
+                biases = self.get_attention_biases(x.device)
             else:
-                attn = attn + evolution.gather_biases(self.attention_biases, positions)
-        attn = attn.softmax(dim=-1)
+                biases = evolution.gather_biases(self.attention_biases, positions)
+        attn = _attend(q, k, self.scale, biases)
         if self.scored:
             attention = evolution.mean_attention(attn, self.class_token, slow)
             scores = evolution.global_class_attention(scores, attention, self.tradeoff, slow, self.learn_tradeoff)
-        x = (attn @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
-        return self.proj(x), scores
+        return self.proj(_gather_values(attn, v)), scores
 
 
 class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
@@ -166,10 +198,10 @@ class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
         head = (self.num_heads, self.key_dim + self.val_dim)
         k, v = self.kv(x).unflatten(2, head).split([self.key_dim, self.val_dim], dim=3)
         q = self.q.ln(self.downsample(x)).unflatten(2, (self.num_heads, self.key_dim))
-        attn = (q * self.scale).transpose(1, 2) @ k.permute(0, 2, 3, 1)
+        biases: Tensor | None = None
         if self.attention_biases is not None:
-            attn = attn + self.get_attention_biases(x.device)
-        attn = attn.softmax(dim=-1)
+            biases = self.get_attention_biases(x.device)
+        attn = _attend(q, k, self.scale, biases)
         if self.scored:
             assert scores is not None
             attention = evolution.mean_attention(attn, self.class_token, None)
@@ -181,8 +213,7 @@ class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
                 1 if self.class_token else 0,
                 self.learn_tradeoff,
             )
-        x = (attn @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
-        return self.proj(x), scores
+        return self.proj(_gather_values(attn, v)), scores
 
 
 class EvoLevitBlock(LevitBlock):
