@@ -92,3 +92,10 @@ def test_weights_that_do_not_exist():
         timm.create_model(f'{NAME}.no_such_tag')
     with pytest.raises(RuntimeError):
         timm.create_model('evo_deit_small_patch16_384', pretrained=True)
+
+
+def test_a_refused_input_size_leaves_the_model_as_it_was():
+    model = timm.create_model(NAME, img_size=64, keep_ratio=0.1)
+    with pytest.raises(ValueError, match='keep_ratio=0.1 of 4 patch tokens'):
+        model.set_input_size(img_size=32)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)

@@ -32,6 +32,7 @@ from torch import nn
 
 # The modules, not their names: whoever imports one first imports timm, which imports this one while that is half done.
 from . import levit, vision_transformer
+from .arguments import split_arguments
 
 __all__ = []  # register_model adds each entrypoint
 
@@ -52,7 +53,7 @@ class _Family(NamedTuple):
 
 
 def _build_vit(dense: str, **kwargs) -> nn.Module:
-    evolution_args, dense_args = vision_transformer.split_evolution_args(kwargs)
+    evolution_args, dense_args = split_arguments(vision_transformer.TokenEvolution.init_evolution, kwargs)
     return vision_transformer.evolve(model_entrypoint(dense)(pretrained=False, **dense_args), **evolution_args)
 
 

@@ -27,6 +27,7 @@ from timm.models.levit import (
 from torch import Tensor, nn
 
 from . import evolution
+from .arguments import split_arguments
 from .schedule import cut_schedule, make_pyramid_schedule
 
 __all__ = ['EvoLevit']
@@ -283,24 +284,11 @@ class EvoLevit(LevitDistilled):
     Takes the arguments of timm's `LevitDistilled` and those of `init_evolution`.
     """
 
-    def __init__(
-            self,
-            img_size: int | tuple[int, int] = 224,
-            *,
-            keep_ratio: float | Sequence[float] = 0.5,
-            start_block: int = 2,
-            selection: str = 'stage',
-            tradeoff: float | Sequence[float] = 0.5,
-            learn_tradeoff: bool = False,
-            fast_update: bool = True,
-            class_token: bool = False,
-            class_head: bool = False,
-            **kwargs,
-    ) -> None:
+    def __init__(self, img_size: int | tuple[int, int] = 224, **kwargs) -> None:
+        evolution_args, kwargs = split_arguments(self.init_evolution, kwargs)
         super().__init__(img_size, **kwargs)
         self._init_grid(to_2tuple(img_size))
-        self.init_evolution(
-            keep_ratio, start_block, selection, tradeoff, learn_tradeoff, fast_update, class_token, class_head)
+        self.init_evolution(**evolution_args)
 
     def init_evolution(
             self,

@@ -5,12 +5,13 @@ vision transformers. Their blocks, embeddings, heads and weights are used as the
 through a block.
 """
 import copy
-import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.fx
+from timm.layers import to_2tuple
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
@@ -18,9 +19,10 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer, 
 from torch import Tensor, nn
 
 from . import evolution, short_block
+from .arguments import split_arguments
 from .schedule import cut_schedule, make_schedule
 
-__all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve', 'split_evolution_args']
+__all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve']
 
 # torchvision's tracer keeps the functions that timm has marked as untraceable whole, but only in the module that
 # defines the model's `forward`. `torch.fx.wrap` does so for the module it is called in, so it is called in timm's.
@@ -42,7 +44,7 @@ class TokenEvolution:
     """
 
     def __init__(self, *args, **kwargs) -> None:
-        evolution_args, kwargs = split_evolution_args(kwargs)
+        evolution_args, kwargs = split_arguments(self.init_evolution, kwargs)
         super().__init__(*args, **kwargs)
         self.init_evolution(**evolution_args)
 
@@ -81,7 +83,7 @@ class TokenEvolution:
                     f'{type(block).__name__} with {type(getattr(block, "attn", None)).__name__} cannot be evolved, '
                     "only timm's Block with Attention can.")
         self.schedule = make_schedule(len(self.blocks), keep_ratio, start_block, stage_depth, selection, tradeoff)
-        self._check_selection()
+        self._check_selection(self.patch_embed.num_patches)
         self.fast_update = fast_update
         self.qk_norm = any(not isinstance(block.attn.q_norm, nn.Identity) for block in self.blocks)
         self._init_class_head(class_head)
@@ -90,9 +92,8 @@ class TokenEvolution:
         if class_head:
             raise ValueError(f'class_head=True is not allowed, {type(self).__name__} has no patch-mean head beside it.')
 
-    def _check_selection(self) -> None:
-        """Refuse a keep ratio that leaves no slow token in an image of the model's size."""
-        num_patches = self.patch_embed.num_patches
+    def _check_selection(self, num_patches: int) -> None:
+        """Refuse a keep ratio that leaves no slow token."""
         for ratio in self.schedule.keep_ratio:
             if ratio > 0 and int(ratio * num_patches) < 1:
                 raise ValueError(
@@ -105,8 +106,9 @@ class TokenEvolution:
             patch_size: tuple[int, int] | None = None,
     ) -> None:
         """Update the input image resolution and patch size, as timm's."""
+        sizes = to_2tuple(img_size or self.patch_embed.img_size), to_2tuple(patch_size or self.patch_embed.patch_size)
+        self._check_selection(math.prod(size // patch for size, patch in zip(*sizes, strict=True)))
         super().set_input_size(img_size=img_size, patch_size=patch_size)
-        self._check_selection()
 
     def prune_intermediate_layers(
             self,
@@ -355,12 +357,6 @@ class EvoVisionTransformerDistilled(TokenEvolution, VisionTransformerDistilled):
 
 
 _EVOLVED = {VisionTransformer: EvoVisionTransformer, VisionTransformerDistilled: EvoVisionTransformerDistilled}
-
-
-def split_evolution_args(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split keyword arguments into those of `TokenEvolution.init_evolution` and the others."""
-    names = inspect.signature(TokenEvolution.init_evolution).parameters
-    return {k: v for k, v in kwargs.items() if k in names}, {k: v for k, v in kwargs.items() if k not in names}
 
 
 def evolve(model: VisionTransformer, **evolution_args) -> TokenEvolution:
