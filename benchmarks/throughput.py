@@ -19,16 +19,12 @@ import torch
 from _environment import describe_environment
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 DEFAULT_MODELS = ['evo_deit_tiny_patch16_224', 'evo_deit_small_patch16_224', 'evo_deit_base_patch16_224']
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 NUM_WARMUP = 3
-
-# PyTorch counts the product that returns its sum with a matrix, but not the one that adds to it in place.
-if torch.ops.aten.baddbmm_ not in flop_registry:
-    register_flop_formula(torch.ops.aten.baddbmm_, get_raw=True)(flop_registry[torch.ops.aten.baddbmm])
 
 
 def dense_twin(name: str) -> str:

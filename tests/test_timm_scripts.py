@@ -22,8 +22,11 @@ import pytest
 import timm
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_faithful import Reference
 from timm.models import save_for_hf
+
+from timm_evo import cli
 
 pytestmark = pytest.mark.skipif(
     'TIMM_SCRIPTS' not in os.environ,
@@ -338,3 +341,28 @@ def test_onnx_validate_agrees_with_train(workplace, trained, onnx_file):
         '--mean', 0.5, 0.5, 0.5, '--std', 0.5, 0.5, 0.5)
     top1_top5 = [float(value) for value in re.findall(r'Prec@\d ([\d.]+)', output.splitlines()[-1])]
     assert top1_top5 == pytest.approx(trained('as_registered').top1_top5, abs=1e-3)
+
+
+def test_a_converted_checkpoint_of_the_authors_is_trained_on_and_validated(workplace):
+    reference = Reference('evo_deit_a')
+    weights = reference.group('state.')  # of seven classes
+    weights['head.weight'] = torch.cat([weights['head.weight'], torch.zeros(3, 24)])
+    weights['head.bias'] = torch.cat([weights['head.bias'], torch.zeros(3)])
+    torch.save({'model': weights}, workplace.folder / 'official.pth')
+    shape = ['img_size=64', 'patch_size=8', 'embed_dim=24', 'depth=12', 'num_heads=3']
+    cli.main([
+        'convert', str(workplace.folder / 'official.pth'), '--model', 'evo_deit_tiny_patch16_224',
+        '--output', str(workplace.folder / 'converted'), '--model-kwargs', *shape])
+
+    model = ['--model', 'evo_deit_tiny_patch16_224', '--gp', 'avg', '--img-size', 64,
+             '--model-kwargs', *shape, 'fast_update=False']
+    by_weights = workplace.result(
+        'validate.py', *DATA, '--num-classes', NUM_CLASSES, *model, '--checkpoint', 'converted/model.safetensors')
+    by_folder = workplace.result('validate.py', *DATA, '--model', 'local-dir:converted', '--pretrained')
+    assert by_weights['top1'] == by_folder['top1'] and by_weights['top5'] == by_folder['top5']
+    run = workplace.train(Training(model, ['--initial-checkpoint', 'converted/model.safetensors']), 'continued')
+    # one epoch has not led far from where it started
+    before, after = (
+        state_dict['blocks.0.attn.qkv.weight'].flatten()
+        for state_dict in (load_file(workplace.folder / 'converted/model.safetensors'), run.checkpoint['state_dict']))
+    assert not torch.equal(before, after) and torch.cosine_similarity(before, after, dim=0) > 0.9

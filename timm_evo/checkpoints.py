@@ -1,11 +1,28 @@
 """ The authors' checkpoints
 
-From the names of https://github.com/YifanXu74/Evo-ViT to those of timm's models.
+From the files and names of https://github.com/YifanXu74/Evo-ViT to timm's models.
 """
+import argparse
+import pathlib
+import pickle
 import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import timm
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+# What training scripts keep beside the weights. Everything else but tensors and plain containers is refused.
+_HARMLESS_CLASSES = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]
+# what the architecture needs to compute what the authors' does at inference
+_SETTINGS: dict[str, dict[str, Any]] = {
+    'DeiT': dict(keep_ratio=0.5, selection='stage', global_pool='avg', fast_update=False),
+    'LeViT': dict(keep_ratio=0.5, selection='stage', class_token=True, learn_tradeoff=True),
+}
+_HEADS = {'DeiT': 'head.weight', 'LeViT': 'head.l.weight'}
 
 # official name -> name here; the projections of queries and keys (`qks`) and of values (`vs`) are joined beside
 _DEIT_NAMES: list[tuple[str, str]] = [
@@ -53,15 +70,111 @@ def from_official(
     Raises:
         ValueError: The names are not those of an official Evo-ViT.
     """
+    family = _official_family(state_dict)
     if not class_head:
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith(_CLASS_HEADS)}
+    return _from_official_deit(state_dict) if family == 'DeiT' else _from_official_levit(state_dict, learn_tradeoff)
+
+
+def read_official(file: str | Path, use_ema: bool = False) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint file, and run nothing that is in it.
+
+    Args:
+        file: What `torch.save` has written of a state dict, or of a dictionary that has it at 'model' or 'model_ema',
+            as the authors' scripts do; or a safetensors file.
+        use_ema: Take the averaged weights ('model_ema'). They are taken in any case where there are no others.
+
+    Returns:
+        State dict with the names of the file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read, holds objects that are no weights, or no state dict.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f'There is no checkpoint {file}.')
+    try:
+        if file.suffix == '.safetensors':
+            content = load_file(file)
+        else:
+            with torch.serialization.safe_globals(_HARMLESS_CLASSES):
+                content = torch.load(file, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r'GLOBAL \S+', str(error))
+        raise ValueError(
+            f'{file} was refused, and nothing in it was run: it is no checkpoint, or holds other objects than weights'
+            f'{f" ({found[0]})" if found else ""}.') from error
+    except Exception as error:  # whatever a damaged file leads to
+        raise ValueError(f'{file} cannot be read as a checkpoint: {error}') from error
+
+    if isinstance(content, dict):
+        keys = ('model_ema', 'model') if use_ema else ('model', 'state_dict', 'model_ema')
+        content = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f'{file} holds no state dict, neither bare nor as model or model_ema.')
+    return {name.removeprefix('module.'): value for name, value in content.items()}
+
+
+def load_official(
+        file: str | Path,
+        model_name: str,
+        use_ema: bool = False,
+        **model_kwargs,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the model of an official checkpoint, with the settings that it needs, and load the weights.
+
+    Args:
+        file: The checkpoint, see `read_official`.
+        model_name: An `evo_deit_*` or `evo_levit_cls_*` model of the same size.
+        use_ema: Take the averaged weights.
+        **model_kwargs: Arguments of `timm.create_model` that differ from the settings of the published models.
+
+    Returns:
+        The model in evaluation mode, without the heads that are left out at inference.
+        The arguments that `timm.create_model` got for it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read, or does not fit the model; the message lists what does not.
+    """
+    state_dict = read_official(file, use_ema=use_ema)
+    family = _official_family(state_dict)
+    if not model_name.startswith(f'evo_{family.lower()}_'):
+        raise ValueError(f'{file} is an official Evo-{family}, the model cannot be {model_name}.')
+    model_kwargs = _SETTINGS[family] | model_kwargs
+    if _HEADS[family] in state_dict:
+        model_kwargs.setdefault('num_classes', state_dict[_HEADS[family]].shape[0])
+    model = timm.create_model(model_name, **model_kwargs).eval()
+    converted = from_official(
+        state_dict, class_head=False, learn_tradeoff=model_kwargs.get('learn_tradeoff', False))
+    misfits = list(_misfits(converted, model.state_dict()))
+    if misfits:
+        raise ValueError(f'{file} does not fit {model_name}:\n  ' + '\n  '.join(misfits))
+    model.load_state_dict(converted, strict=True)
+    return model, model_kwargs
+
+
+def _misfits(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[str]:
+    """A line for each entry that is missing, surplus or of the wrong shape."""
+    for name in expected:
+        if name not in state_dict:
+            yield f'missing: {name} {tuple(expected[name].shape)}'
+    for name, value in state_dict.items():
+        if name not in expected:
+            yield f'surplus: {name} {tuple(value.shape)}'
+        elif value.shape != expected[name].shape:
+            yield f'wrong shape: {name} {tuple(value.shape)}, the model has {tuple(expected[name].shape)}'
+
+
+def _official_family(state_dict: dict[str, Tensor]) -> str:
     if 'blocks.0.m1.m.qkv.c.weight' in state_dict:
-        return _from_official_levit(state_dict, learn_tradeoff)
+        return 'LeViT'
     if 'qks.0.qk.weight' in state_dict:
-        return _from_official_deit(state_dict)
+        return 'DeiT'
     raise ValueError(
-        'Not the state dict of an official Evo-ViT, it has neither blocks.0.m1.m.qkv.c.weight (LeViT) nor '
-        'qks.0.qk.weight (DeiT).')
+        'Not the state dict of an official Evo-ViT, it has neither qks.0.qk.weight (DeiT) nor '
+        'blocks.0.m1.m.qkv.c.weight (LeViT).')
 
 
 def _rename(name: str, names: list[tuple[str, str]]) -> str:

@@ -25,12 +25,17 @@ from timm.models.levit import (
     NormLinear,
 )
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import evolution
 from .arguments import split_arguments
 from .schedule import cut_schedule, make_pyramid_schedule
 
 __all__ = ['EvoLevit']
+
+# PyTorch's counter knows the product that returns its sum with a matrix, but not the one that adds to it in place.
+if torch.ops.aten.baddbmm_ not in flop_registry:
+    register_flop_formula(torch.ops.aten.baddbmm_, get_raw=True)(flop_registry[torch.ops.aten.baddbmm])
 
 
 @torch.fx.wrap

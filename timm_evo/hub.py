@@ -1,0 +1,148 @@
+""" Evolved models as folders and repositories of the Hugging Face Hub
+
+timm writes and reads them. What is added here is a model card that says how tokens are evolved, and that a folder is
+there as a whole or not at all.
+"""
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models._hub import generate_readme, push_to_hf_hub, save_for_hf
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ['model_card', 'push', 'save']
+
+_FILES = {'config.json', 'model.safetensors', 'README.md'}
+_CITATION = """@inproceedings{xu2022evo,
+  title     = {Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer},
+  author    = {Xu, Yifan and Zhang, Zhijie and Zhang, Mengdan and Sheng, Kekai and Li, Ke and Dong, Weiming and Zhang, Liqing and Xu, Changsheng and Sun, Xing},
+  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+  year      = {2022}
+}"""  # noqa: E501
+
+
+def model_card(model: nn.Module, name: str) -> dict[str, Any]:
+    """Model card of an evolved model, for timm's `push_to_hf_hub(model_card=...)`.
+
+    Args:
+        model: A model of `timm.create_model('evo_*')`.
+        name: What `timm.create_model` is called with to get it from where the card will be.
+
+    Returns:
+        The parts that timm's `generate_readme` puts together.
+    """
+    keep_ratio, _, tradeoff = model.schedule
+    selections = [f'{ratio:g} at {i}' for i, ratio in enumerate(keep_ratio) if 0 < ratio < 1]
+    is_learned = any(name.endswith('learn_tradeoff') for name in model.state_dict())
+    return {
+        'description': f"`{model.pretrained_cfg['architecture']}`, a model of timm with token evolution.",
+        'details': {
+            'Model Stats': {
+                'Params (M)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
+                'GMACs': f'{_count_gmacs(model):.3f}',
+                'Image size': ' x '.join(map(str, _input_size(model)[1:])),
+                'Classes': model.num_classes,
+            },
+            'Token evolution': {
+                'Share of slow tokens, and the block (LeViT: attention) that selects them': ', '.join(selections),
+                'Trade-off': 'learned' if is_learned else ', '.join(f'{alpha:g}' for alpha in tradeoff),
+                'Fast update of the other tokens': 'yes' if model.fast_update else 'no',
+            },
+            'Papers': ['Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer: '
+                       'https://arxiv.org/abs/2108.01390'],
+        },
+        'usage': f"""```python
+import timm  # with timm-evo installed
+
+model = timm.create_model('{name}', pretrained=True).eval()
+```""",
+        'citation': _CITATION,
+    }
+
+
+def save(
+        model: nn.Module,
+        folder: str | Path,
+        model_args: dict[str, Any] | None = None,
+        force: bool = False,
+) -> Path:
+    """Write an evolved model as a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` loads.
+
+    Everything is written beside the folder first, and takes its name when it is complete.
+
+    Args:
+        model: A model of `timm.create_model('evo_*')`.
+        folder: Where to: config.json, model.safetensors and README.md.
+        model_args: Arguments that the model was created with, for a timm that does not note them itself.
+        force: Replace what such a folder had in it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder is there and `force` is not set, or has other files in it.
+    """
+    folder = Path(folder).absolute()
+    check_free(folder, force)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    parts = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', suffix='.part', dir=folder.parent))
+    try:
+        complete = parts / 'complete'
+        save_for_hf(model, complete, model_args=model_args, safe_serialization=True)
+        card = generate_readme(model_card(model, f'local-dir:{folder.name}'), folder.name)
+        (complete / 'README.md').write_text(card, encoding='utf-8')
+        if folder.exists():
+            folder.rename(parts / 'replaced')
+        complete.rename(folder)
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+    return folder
+
+
+def check_free(folder: Path, force: bool) -> None:
+    """Refuse a folder that `save` would not write, see there."""
+    if not folder.exists():
+        return
+    others = [] if not folder.is_dir() else sorted({path.name for path in folder.iterdir()} - _FILES)
+    if not folder.is_dir() or others:
+        raise FileExistsError(f'{folder} is no folder of a model alone' + (f', it has {others[0]}.' if others else '.'))
+    if not force:
+        raise FileExistsError(f'{folder} is there already, it is replaced only by force.')
+
+
+def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = None) -> None:
+    """Push an evolved model to the Hub with timm's `push_to_hf_hub`: safetensors, config and model card.
+
+    Args:
+        model: A model of `timm.create_model('evo_*')`.
+        repo_id: User and name of the repository.
+        model_args: Arguments that the model was created with, for a timm that does not note them itself.
+    """
+    push_to_hf_hub(
+        model,
+        repo_id,
+        model_card=model_card(model, f'hf-hub:{repo_id}'),
+        model_args=model_args,
+        safe_serialization=True,
+    )
+
+
+def _input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of the images of a model."""
+    embed = getattr(model, 'patch_embed', model)
+    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    return channels, *(embed.img_size or model.pretrained_cfg['input_size'][1:])
+
+
+@torch.inference_mode()
+def _count_gmacs(model: nn.Module) -> float:
+    """Multiply-accumulates of one image, in billions."""
+    training = model.training
+    weight = next(model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(weight.new_zeros(1, *_input_size(model)))
+    model.train(training)
+    return counter.get_total_flops() / 2e9
