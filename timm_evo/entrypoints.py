@@ -5,6 +5,7 @@ from timm's registration of `X`, so tags, Hub repositories and input sizes are t
 registers the models.
 """
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from timm.models import (
     get_pretrained_cfg,
     model_entrypoint,
     register_model,
+    resolve_pretrained_cfg,
 )
 from timm.models.levit import checkpoint_filter_fn as levit_filter_fn
 from timm.models.levit import model_cfgs as levit_cfgs
@@ -31,7 +33,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import nn
 
 # The modules, not their names: whoever imports one first imports timm, which imports this one while that is half done.
-from . import levit, vision_transformer
+from . import download, levit, vision_transformer
 from .arguments import split_arguments
 
 __all__ = []  # register_model adds each entrypoint
@@ -67,20 +69,21 @@ _LEVIT = _Family(_build_levit, levit_filter_fn, (0, 1, 2))
 
 def _create(variant: str, dense: str, family: _Family, pretrained: bool = False, **kwargs) -> nn.Module:
     """Build timm's `dense` model with token evolution, under the name `variant`."""
-    is_given = kwargs.get('pretrained_cfg') or kwargs.get('pretrained_cfg_overlay')
-    if pretrained and not is_given and not get_pretrained_cfg(variant).has_weights:
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    if pretrained and not cfg.has_weights and not cfg.state_dict:
         raise RuntimeError(
             f'pretrained=True is not allowed for {variant}, the Hugging Face Hub has no weights of it. A checkpoint of '
             'the authors can be converted with timm_evo.checkpoints.from_official.')
     out_indices = kwargs.pop('out_indices', family.out_indices)
-    return build_model_with_cfg(
-        partial(family.build, dense),
-        variant,
-        pretrained,
-        pretrained_filter_fn=family.filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    with download.checked_weights(variant, cfg, kwargs.get('cache_dir')) if pretrained else nullcontext():
+        return build_model_with_cfg(
+            partial(family.build, dense),
+            variant,
+            pretrained,
+            pretrained_filter_fn=family.filter_fn,
+            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+            **kwargs,
+        )
 
 
 def _register(variant: str, dense: str, family: _Family, cfgs: dict[str, PretrainedCfg], **defaults) -> None:

@@ -113,21 +113,24 @@ def check_free(folder: Path, force: bool) -> None:
         raise FileExistsError(f'{folder} is there already, it is replaced only by force.')
 
 
-def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = None) -> None:
+def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = None) -> str:
     """Push an evolved model to the Hub with timm's `push_to_hf_hub`: safetensors, config and model card.
 
     Args:
         model: A model of `timm.create_model('evo_*')`.
         repo_id: User and name of the repository.
         model_args: Arguments that the model was created with, for a timm that does not note them itself.
+
+    Returns:
+        The commit, which `hf-hub:user/name@commit` loads.
     """
-    push_to_hf_hub(
+    return push_to_hf_hub(
         model,
         repo_id,
         model_card=model_card(model, f'hf-hub:{repo_id}'),
         model_args=model_args,
         safe_serialization=True,
-    )
+    ).oid
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
