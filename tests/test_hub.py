@@ -22,9 +22,11 @@ import timm
 import torch
 from loopback_hub import HubFile, LoopbackHub, Request
 from safetensors.torch import load, load_file
+from test_faithful import Reference
 from timm.models import push_to_hf_hub, save_for_hf
 from torch import nn
 
+from timm_evo import cli
 from timm_evo import hub as evolved_hub
 
 REPOSITORY = 'timm/test_vit.r160_in1k'
@@ -86,6 +88,15 @@ def push_with_card(folder: str, repo_id: str) -> str:
     os.environ['HF_TOKEN'] = 'hf_anybody'
     try:
         return evolved_hub.push(timm.create_model(f'local-dir:{folder}', pretrained=True), repo_id)
+    finally:
+        del os.environ['HF_TOKEN']
+
+
+def convert_and_push(checkpoint: str, folder: str, repo_id: str) -> None:
+    os.environ['HF_TOKEN'] = 'hf_anybody'
+    try:
+        cli.main(['convert', checkpoint, '--model', 'evo_deit_tiny_patch16_224', '--output', folder, '--push', repo_id,
+                  '--model-kwargs', 'img_size=64', 'patch_size=8', 'embed_dim=24', 'depth=12', 'num_heads=3'])
     finally:
         del os.environ['HF_TOKEN']
 
@@ -467,3 +478,13 @@ def test_a_pushed_model_comes_back_from_the_hub(hub, client, tmp_path, name, fun
 
     pulled = client.pull(f'hf-hub:somebody/pushed@{commit}', image_size=image_size, cache_dir=tmp_path)
     assert_same(pulled, model, image_size)
+
+
+def test_a_converted_checkpoint_is_pushed(hub, client, tmp_path):
+    reference = Reference('evo_deit_a')
+    torch.save({'model': reference.group('state.')}, tmp_path / 'checkpoint.pth')
+    client.call(convert_and_push, str(tmp_path / 'checkpoint.pth'), str(tmp_path / 'model'), 'somebody/converted')
+    pulled = client.pull('hf-hub:somebody/converted', cache_dir=tmp_path)
+    assert_equal(pulled.weights, load_file(tmp_path / 'model' / WEIGHTS))
+    assert pulled.architecture == 'evo_deit_tiny_patch16_224'
+    assert b'hf-hub:somebody/converted' in hub.repositories['somebody/converted']['README.md'].content
