@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from timm.models._hub import generate_readme, push_to_hf_hub, save_for_hf
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ['model_card', 'push', 'save']
@@ -140,12 +141,13 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     return channels, *(embed.img_size or model.pretrained_cfg['input_size'][1:])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode, an older counter sees no linear layer
 def _count_gmacs(model: nn.Module) -> float:
     """Multiply-accumulates of one image, in billions."""
     training = model.training
     weight = next(model.parameters())
-    with FlopCounterMode(display=False) as counter:
+    # an older counter does not know fused attention on a CPU
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(weight.new_zeros(1, *_input_size(model)))
     model.train(training)
     return counter.get_total_flops() / 2e9

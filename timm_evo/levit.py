@@ -59,8 +59,10 @@ def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> 
     else:
         if biases.dim() == 3:
             biases = biases.unsqueeze(1).repeat(1, batch_size, 1, 1)
+        if biases.dtype != query.dtype:  # no cast that copies nothing: an older export forbids writing to its result
+            biases = biases.to(query.dtype)
         # Products are added in place to what each image has a copy of anyway: a pass over the matrix less.
-        logits = biases.to(query.dtype).flatten(0, 1).baddbmm_(query, key, alpha=scale)
+        logits = biases.flatten(0, 1).baddbmm_(query, key, alpha=scale)
     return logits.softmax(dim=-1).unflatten(0, (num_heads, batch_size))
 
 
@@ -127,6 +129,7 @@ class _ScoringAttention(nn.Module):
 
 class EvoAttention(_ScoringAttention, Attention):
     """timm's LeViT `Attention`, over the tokens of a selection."""
+    attention_bias_cache: dict[str, Tensor]  # TorchScript does not look at base classes
 
     def bias_positions(self, slow: Tensor | None, representative: Tensor | None) -> Tensor | None:
         """Entries of the table of biases for the tokens of a selection, the same for all blocks of a stage."""
@@ -171,6 +174,7 @@ class EvoAttention(_ScoringAttention, Attention):
 
 class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
     """timm's LeViT `AttentionDownsample`, with a class token that goes along, and scores that are downsampled, too."""
+    attention_bias_cache: dict[str, Tensor]  # TorchScript does not look at base classes
 
     def init_evolution(self, tradeoff: float, learn_tradeoff: bool, class_token: bool) -> None:
         """Set up an attention that is dense so far, see `_ScoringAttention`."""
