@@ -104,7 +104,8 @@ def folded_attention(
     query_bias = None if qkv_bias is None else qkv_bias.chunk(3)[0]
     query = F.linear(query_tokens.flatten(0, 1), query_weight, query_bias).unflatten(1, heads)  # (B * T, H, d)
     query = query.transpose(0, 1) @ key_weight.unflatten(0, heads)  # (H, B * T, C), one product per head
-    query = query.unflatten(1, (batch_size, num_queries)).transpose(0, 1).flatten(1, 2)  # (B, H * T, C)
+    query = query.reshape(num_heads, batch_size, num_queries, tokens.shape[2])
+    query = query.transpose(0, 1).flatten(1, 2)  # (B, H * T, C)
     return _softmax(query @ tokens.transpose(1, 2), scale).unflatten(1, (num_heads, num_queries))
 
 
@@ -321,7 +322,8 @@ def begin_segment(
         return x, None, None
     assert scores is not None
     slow = select_tokens(scores, keep_ratio, num_prefix_tokens)
-    tokens = x.flatten(0, 1).index_select(0, _rows(slow, x.shape[1])).unflatten(0, slow.shape)
+    tokens = x.flatten(0, 1).index_select(0, _rows(slow, x.shape[1]))
+    tokens = tokens.view(slow.shape[0], slow.shape[1], x.shape[2])  # `unflatten` would fix the batch size of a trace
     if not fast_update:
         return tokens, slow, None
     representative = representative_token(x, scores, slow)
