@@ -5,7 +5,8 @@ one function each. Nothing here knows a model: a model runs its own blocks betwe
 `slow_fast_update`, and evolves the scores with `global_class_attention` beside them.
 
 Each step is one node to symbolic tracing (`torch.fx.wrap`): how many tokens are slow follows from the shape of the
-input, which tracing does not know.
+input, which tracing does not know. Batches are reshaped by `view`, because `unflatten` would fix their size in a traced
+ONNX graph.
 
 Shapes: B images, P prefix tokens (class, distillation, registers), N patch tokens, K of them slow, C channels, H heads
 of d channels. Sequences are laid out as timm's: prefix first, then the patches in grid order. While a selection is
@@ -38,12 +39,14 @@ def project_query_key(
     Returns:
         Queries (B, H, T, d) and keys (B, H, L, d).
     """
-    heads = (num_heads, qkv_weight.shape[0] // (3 * num_heads))
+    head_dim = qkv_weight.shape[0] // (3 * num_heads)
     query_weight, key_weight, _ = qkv_weight.chunk(3)
     query_bias = None if qkv_bias is None else qkv_bias.chunk(3)[0]
     key_bias = None if qkv_bias is None else qkv_bias.chunk(3)[1]
-    query = F.linear(query_tokens, query_weight, query_bias).unflatten(2, heads).transpose(1, 2)
-    key = F.linear(tokens, key_weight, key_bias).unflatten(2, heads).transpose(1, 2)
+    query = F.linear(query_tokens, query_weight, query_bias)
+    query = query.view(query.shape[0], query.shape[1], num_heads, head_dim).transpose(1, 2)
+    key = F.linear(tokens, key_weight, key_bias)
+    key = key.view(key.shape[0], key.shape[1], num_heads, head_dim).transpose(1, 2)
     return query, key
 
 
@@ -99,14 +102,16 @@ def folded_attention(
         Attention (B, H, T, L) in float32 or wider; every row sums to 1.
     """
     batch_size, num_queries = query_tokens.shape[:2]
-    heads = (num_heads, qkv_weight.shape[0] // (3 * num_heads))
+    head_dim = qkv_weight.shape[0] // (3 * num_heads)
     query_weight, key_weight, _ = qkv_weight.chunk(3)
     query_bias = None if qkv_bias is None else qkv_bias.chunk(3)[0]
-    query = F.linear(query_tokens.flatten(0, 1), query_weight, query_bias).unflatten(1, heads)  # (B * T, H, d)
-    query = query.transpose(0, 1) @ key_weight.unflatten(0, heads)  # (H, B * T, C), one product per head
-    query = query.reshape(num_heads, batch_size, num_queries, tokens.shape[2])
+    query = F.linear(query_tokens, query_weight, query_bias)
+    query = query.view(batch_size * num_queries, num_heads, head_dim)
+    query = query.transpose(0, 1) @ key_weight.unflatten(0, (num_heads, head_dim))  # (H, B * T, C)
+    query = query.view(num_heads, batch_size, num_queries, tokens.shape[2])
     query = query.transpose(0, 1).flatten(1, 2)  # (B, H * T, C)
-    return _softmax(query @ tokens.transpose(1, 2), scale).unflatten(1, (num_heads, num_queries))
+    attention = _softmax(query @ tokens.transpose(1, 2), scale)
+    return attention.view(batch_size, num_heads, num_queries, tokens.shape[1])
 
 
 @torch.fx.wrap
@@ -143,8 +148,9 @@ def folded_values(attention: Tensor, tokens: Tensor, qkv_weight: Tensor, qkv_bia
     Returns:
         Values of all heads side by side (B, T, H * d), as they enter the output projection.
     """
-    num_heads, num_queries = attention.shape[1:3]
-    gathered = (attention.flatten(1, 2).to(tokens.dtype) @ tokens).unflatten(1, (num_heads, num_queries))
+    batch_size, num_heads, num_queries, _ = attention.shape
+    gathered = attention.flatten(1, 2).to(tokens.dtype) @ tokens
+    gathered = gathered.view(batch_size, num_heads, num_queries, tokens.shape[2])
     weight = qkv_weight.chunk(3)[2].unflatten(0, (num_heads, -1))  # (H, d, C)
     values = torch.einsum('bhtc,hdc->bthd', gathered, weight)
     if qkv_bias is not None:
@@ -323,7 +329,7 @@ def begin_segment(
     assert scores is not None
     slow = select_tokens(scores, keep_ratio, num_prefix_tokens)
     tokens = x.flatten(0, 1).index_select(0, _rows(slow, x.shape[1]))
-    tokens = tokens.view(slow.shape[0], slow.shape[1], x.shape[2])  # `unflatten` would fix the batch size of a trace
+    tokens = tokens.view(slow.shape[0], slow.shape[1], x.shape[2])
     if not fast_update:
         return tokens, slow, None
     representative = representative_token(x, scores, slow)
@@ -386,4 +392,5 @@ def gather_biases(biases: Tensor, positions: Tensor) -> Tensor:
     Returns:
         Biases (H, B, L, L), zero for the representative token.
     """
-    return F.pad(biases, (0, 1)).index_select(1, positions.flatten()).unflatten(1, positions.shape)
+    gathered = F.pad(biases, (0, 1)).index_select(1, positions.flatten())
+    return gathered.view(biases.shape[0], positions.shape[0], positions.shape[1], positions.shape[2])

@@ -63,7 +63,7 @@ def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> 
             biases = biases.to(query.dtype)
         # Products are added in place to what each image has a copy of anyway: a pass over the matrix less.
         logits = biases.flatten(0, 1).baddbmm_(query, key, alpha=scale)
-    return logits.softmax(dim=-1).unflatten(0, (num_heads, batch_size))
+    return logits.softmax(dim=-1).view(num_heads, batch_size, logits.shape[1], logits.shape[2])
 
 
 @torch.fx.wrap
@@ -157,8 +157,9 @@ class EvoAttention(_ScoringAttention, Attention):
             What the attention adds to the tokens (B, L, C).
             Scores (B, P + N).
         """
-        head = (self.num_heads, 2 * self.key_dim + self.val_dim)
-        q, k, v = self.qkv(x).unflatten(2, head).split([self.key_dim, self.key_dim, self.val_dim], dim=3)
+        batch_size, num_tokens, _ = x.shape
+        qkv = self.qkv(x).view(batch_size, num_tokens, self.num_heads, 2 * self.key_dim + self.val_dim)
+        q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
         biases: Tensor | None = None
         if self.attention_biases is not None:
             if positions is None:
@@ -205,9 +206,11 @@ class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
         """
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        head = (self.num_heads, self.key_dim + self.val_dim)
-        k, v = self.kv(x).unflatten(2, head).split([self.key_dim, self.val_dim], dim=3)
-        q = self.q.ln(self.downsample(x)).unflatten(2, (self.num_heads, self.key_dim))
+        batch_size, num_tokens, _ = x.shape
+        kv = self.kv(x).view(batch_size, num_tokens, self.num_heads, self.key_dim + self.val_dim)
+        k, v = kv.split([self.key_dim, self.val_dim], dim=3)
+        q = self.q.ln(self.downsample(x))
+        q = q.view(batch_size, q.shape[1], self.num_heads, self.key_dim)
         biases: Tensor | None = None
         if self.attention_biases is not None:
             biases = self.get_attention_biases(x.device)
