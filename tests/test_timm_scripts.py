@@ -80,20 +80,38 @@ TRAININGS = {
         epochs=8,
         updates=8 * BATCHES // 2,
     ),
-    'token_distilled': Training(
-        ['--model', 'evo_deit_tiny_distilled_patch16_224', *SMALL],
-        ['--kd-distill-type', 'token', '--kd-model-name', 'local-dir:teacher'],
-    ),
     'levit': Training(['--model', 'evo_levit_128s', *LEVIT], epochs=4, updates=4 * BATCHES),
     'levit_four_heads_token_distilled': Training(
         ['--model', 'evo_levit_cls_128s', *LEVIT, 'class_head=True'],
         ['--kd-distill-type', 'token', '--kd-model-name', 'local-dir:teacher', '--model-ema', '--drop-path', 0.1],
     ),
+    'layer_to_stage': Training(
+        ['--model', 'evo_deit_tiny_patch16_224', *SMALL, f'layerwise_updates={2 * BATCHES}'],
+        ['--grad-accum-steps', 2, '--model-ema', '--model-ema-decay', 0.5],
+        ['--use-ema'],
+        epochs=8,
+        updates=8 * BATCHES // 2,
+    ),
+    'levit_layer_to_stage': Training(
+        ['--model', 'evo_levit_cls_128s', *LEVIT, 'layerwise_updates=3'], ['--model-ema'], ['--use-ema']),
     'compiled': Training(
-        ['--model', 'evo_deit_tiny_patch16_224', *TINY],
+        ['--model', 'evo_deit_tiny_patch16_224', *TINY, f'layerwise_updates={BATCHES}'],
         ['--torchcompile'],
+        epochs=2,
+        updates=2 * BATCHES,
     ),
 }
+STUDENTS = {
+    'deit': ['--model', 'evo_deit_tiny_patch16_224', *SMALL],
+    'deit_two_heads': ['--model', 'evo_deit_tiny_patch16_224', '--gp', 'avg', *SMALL, 'class_head=True'],
+    'deit_distilled': ['--model', 'evo_deit_tiny_distilled_patch16_224', *SMALL],
+    'levit': ['--model', 'evo_levit_128s', *LEVIT],
+}
+for student, model in STUDENTS.items():
+    for distill_type in ('logit', 'feature', 'token'):
+        if (student, distill_type) != ('deit', 'token'):  # one head can't learn from a token of its own
+            TRAININGS[f'{student}_{distill_type}_distilled'] = Training(
+                model, ['--kd-distill-type', distill_type, '--kd-model-name', 'local-dir:teacher'])
 NEEDS_COMPILER = pytest.mark.skipif(
     not any(map(shutil.which, ('g++', 'clang++'))), reason='torch.compile on a CPU needs a C++ compiler')
 EACH_TRAINING = pytest.mark.parametrize(
@@ -226,7 +244,9 @@ def test_train_writes_losses_and_a_checkpoint_of_the_evolved_model(trained, name
 def test_train_updates_every_parameter(trained, name):
     run = trained(name)
     updates = [int(state['step']) for state in run.checkpoint['optimizer']['state'].values()]
-    assert updates == [run.training.updates] * len(list(run.model.parameters()))
+    assert set(updates) == {run.training.updates}
+    # feature distillation trains a projection between features of different widths, too
+    assert len(updates) - len(list(run.model.parameters())) == (2 if name == 'levit_feature_distilled' else 0)
 
 
 def test_train_resumes_at_the_next_epoch(workplace, trained):
@@ -238,8 +258,30 @@ def test_train_resumes_at_the_next_epoch(workplace, trained):
     assert updates == {run.training.updates}
 
 
+@pytest.mark.parametrize('name', [name for name in TRAININGS if 'layer_to_stage' in name or name == 'compiled'])
+def test_train_counts_its_updates_for_the_averaged_weights_too(trained, name):
+    if name == 'compiled' and not any(map(shutil.which, ('g++', 'clang++'))):
+        pytest.skip('torch.compile on a CPU needs a C++ compiler')
+    run = trained(name)
+    for weights in ('state_dict', 'state_dict_ema'):
+        if weights == 'state_dict' or '--model-ema' in run.training.options:
+            assert run.checkpoint[weights]['num_updates'] == run.training.updates
+
+
+@pytest.mark.parametrize('epoch', [2, 5], ids=['layer', 'stage'])
+def test_train_resumes_counting(workplace, trained, epoch):
+    run = trained('layer_to_stage')
+    resumed = workplace.train(
+        run.training, f'counted_{epoch}', '--resume', f'output/layer_to_stage/checkpoint-{epoch}.pth.tar')
+    assert len(resumed.summary) == run.training.epochs - epoch - 1
+    for weights in ('state_dict', 'state_dict_ema'):
+        assert resumed.checkpoint[weights]['num_updates'] == run.training.updates
+
+
 @pytest.mark.parametrize('name, option', [
     ('plain', []),
+    ('layer_to_stage', []),
+    ('levit_layer_to_stage', []),
     ('two_heads_mixup_ema_bfloat16_accumulation', []),
     ('levit', []),
     ('levit', ['--reparam']),

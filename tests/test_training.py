@@ -20,6 +20,8 @@ SETTINGS = {
     'distilled': ('evo_deit_tiny_distilled_patch16_224', DEIT),
     'levit': ('evo_levit_128s', LEVIT),
     'levit, stage': ('evo_levit_cls_128s', LEVIT),
+    'layer to stage': ('evo_deit_tiny_patch16_224', DEIT | dict(layerwise_updates=1)),
+    'levit, layer to stage': ('evo_levit_cls_128s', LEVIT | dict(layerwise_updates=1)),
     'levit, layer': ('evo_levit_cls_128s', LEVIT | dict(selection='layer', learn_tradeoff=False, class_head=True)),
 }
 
@@ -37,7 +39,7 @@ def train(rank: int, port: int, folder: Path) -> None:
         torch.manual_seed(rank)
         model = DistributedDataParallel(create(setting))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for _ in range(2):  # the second step fails if a parameter of the first had no gradient
+        for _ in range(3):  # a step fails if a parameter of the one before had no gradient
             optimizer.zero_grad()
             images = torch.randn(4, 3, *[SETTINGS[setting][1]['img_size']] * 2)
             F.cross_entropy(model(images), torch.randint(7, (4,))).backward()
@@ -55,6 +57,12 @@ def folder(tmp_path_factory) -> Path:
         port = free.getsockname()[1]
     mp.spawn(train, args=(port, folder), nprocs=2)
     return folder
+
+
+@pytest.mark.parametrize('setting', [setting for setting in SETTINGS if 'to stage' in setting])
+def test_two_processes_agree_on_the_number_of_updates(setting, folder):
+    counts = [torch.load(folder / f'{setting} {rank}.pth', weights_only=True)['num_updates'] for rank in range(2)]
+    assert counts == [3, 3]
 
 
 @pytest.mark.parametrize('setting', SETTINGS)

@@ -6,6 +6,7 @@ LeViT. Because no token is dropped, the grid is whole wherever the pyramid halve
 timm's modules are built by timm and then change their class: an attention has to evolve the scores by its matrix, and
 to find the biases of the tokens it is given. Weights and all other modules stay as they are.
 """
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import evolution
 from .arguments import split_arguments
-from .schedule import cut_schedule, make_pyramid_schedule
+from .layer_to_stage import LayerToStage
+from .schedule import Schedule, check_layerwise_updates, make_pyramid_schedule
 
 __all__ = ['EvoLevit']
 
@@ -83,7 +85,8 @@ class _ScoringAttention(nn.Module):
             learn_tradeoff: Whether alpha is the sigmoid of an entry in the state dict.
             class_token: Whether the first token is the class token; then there are no biases.
         """
-        self.scored = False
+        self.scored = False  # whether a later selection reads the scores of this attention
+        self.hold_tradeoff = False  # whether alpha stays where it starts for now, though it is learned
         self.tradeoff = tradeoff
         self.class_token = class_token
         weight = self.attention_biases
@@ -94,23 +97,34 @@ class _ScoringAttention(nn.Module):
             self.register_parameter('attention_biases', None)
             self.register_buffer('attention_bias_idxs', None, persistent=False)
 
-    def set_scored(self, scored: bool, weighted: bool) -> None:
-        """Say who reads the scores of this attention.
+    def train_tradeoff(self, trained: bool) -> None:
+        """Say whether a gradient reaches a learned trade-off, because its scores weight a representative token.
 
-        Args:
-            scored: Whether a later selection does.
-            weighted: Whether a later representative token is weighted by them, too. Only then a gradient reaches a
-                learned trade-off, and it is a parameter. Otherwise it is a buffer, so that the state dict is the same.
+        Then it is a parameter. Otherwise it is a buffer, so that the state dict is the same.
         """
-        self.scored = scored
         if self.learn_tradeoff is None:
             return
         value = self.learn_tradeoff.detach()
         del self.learn_tradeoff
-        if weighted:
+        if trained:
             self.learn_tradeoff = nn.Parameter(value)
         else:
             self.register_buffer('learn_tradeoff', value)
+
+    def learned(self) -> Tensor | None:
+        """Learned trade-off (1,) before its sigmoid, if any.
+
+        One that is held is where it started, with a gradient of zero: a parameter without any would stop a
+        `DistributedDataParallel`.
+        """
+        if self.learn_tradeoff is None or not self.hold_tradeoff:
+            return self.learn_tradeoff
+        return self.learn_tradeoff * 0 + math.log(self.tradeoff / (1 - self.tradeoff))
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set training or evaluation mode, as timm's, and compute biases anew: an averaged copy is never trained."""
+        self.attention_bias_cache = {}
+        return super().train(mode)
 
     def _apply(self, fn, *args, **kwargs):
         self.attention_bias_cache = {}  # an older timm keeps it when the model moves
@@ -169,7 +183,7 @@ class EvoAttention(_ScoringAttention, Attention):
         attn = _attend(q, k, self.scale, biases)
         if self.scored:
             attention = evolution.mean_attention(attn, self.class_token, slow)
-            scores = evolution.global_class_attention(scores, attention, self.tradeoff, slow, self.learn_tradeoff)
+            scores = evolution.global_class_attention(scores, attention, self.tradeoff, slow, self.learned())
         return self.proj(_gather_values(attn, v)), scores
 
 
@@ -224,7 +238,7 @@ class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
                 self.downsample(attention.unsqueeze(2)).squeeze(2),
                 self.tradeoff,
                 1 if self.class_token else 0,
-                self.learn_tradeoff,
+                self.learned(),
             )
         return self.proj(_gather_values(attn, v)), scores
 
@@ -285,7 +299,7 @@ class EvoLevitStage(LevitStage):
         return evolution.slow_fast_update(x, tokens, slow, representative), scores
 
 
-class EvoLevit(LevitDistilled):
+class EvoLevit(LayerToStage, LevitDistilled):
     """timm's distilled LeViT with token evolution, in two schemes.
 
     * As timm's, with attention biases and timm's weights. The attention that the average of the patch tokens pays gives
@@ -312,6 +326,7 @@ class EvoLevit(LevitDistilled):
             fast_update: bool = True,
             class_token: bool = False,
             class_head: bool = False,
+            layerwise_updates: int = 0,
     ) -> None:
         """Set up token evolution in a model that is dense so far.
 
@@ -327,6 +342,8 @@ class EvoLevit(LevitDistilled):
             class_token: Class token and absolute position embeddings instead of attention biases.
             class_head: Two more heads on the class token, as the authors train. Every head's logits then are the mean
                 of those of the patch mean and those of the class token.
+            layerwise_updates: Select in every block until this number of optimizer updates have been made, and once
+                per stage from then on, see `LayerToStage`. Learned trade-offs are held until then, as the authors do.
 
         Raises:
             ValueError: An argument is outside what is allowed, or leaves no patch token to select.
@@ -337,15 +354,16 @@ class EvoLevit(LevitDistilled):
             raise ValueError(
                 "class_head=True is not allowed, it needs class_token=True and global_pool='avg', "
                 f'not class_token={class_token} and global_pool={self.global_pool!r}.')
+        check_layerwise_updates(layerwise_updates, selection)
         depths = [len(stage.blocks) for stage in self.stages]
-        self.schedule = make_pyramid_schedule(depths, keep_ratio, start_block, selection, tradeoff)
+        schedule = make_pyramid_schedule(depths, keep_ratio, start_block, selection, tradeoff)
         if learn_tradeoff and not fast_update:
             raise ValueError('learn_tradeoff=True is not allowed with fast_update=False, nothing would train it.')
-        if learn_tradeoff and not all(0 < alpha < 1 for alpha in self.schedule.tradeoff):
+        if learn_tradeoff and not all(0 < alpha < 1 for alpha in schedule.tradeoff):
             raise ValueError(f'tradeoff={tradeoff!r} is not allowed with learn_tradeoff=True, it must be in (0, 1).')
         self.fast_update = fast_update
         self.num_prefix_tokens = 1 if class_token else 0
-        self._check_selection()
+        self._check_selection(schedule)
 
         self.cls_token = self.pos_embed = None
         if class_token:
@@ -354,7 +372,7 @@ class EvoLevit(LevitDistilled):
             self.cls_token = nn.Parameter(weight.new_zeros(1, 1, self.embed_dim[0]))
             self.pos_embed = nn.Parameter(weight.new_empty(1, 1 + num_patches, self.embed_dim[0]))
             trunc_normal_(self.pos_embed, std=.02)
-        for attn, alpha in zip(self._attentions(), self.schedule.tradeoff, strict=True):
+        for attn, alpha in zip(self._attentions(), schedule.tradeoff, strict=True):
             attn.__class__ = EvoAttention if isinstance(attn, Attention) else EvoAttentionDownsample
             attn.init_evolution(alpha, learn_tradeoff, class_token)
         for stage in self.stages:
@@ -367,7 +385,8 @@ class EvoLevit(LevitDistilled):
                 block.__class__ = EvoLevitBlock
             stage.blocks = nn.ModuleList(stage.blocks)  # no nn.Sequential, they pass more than one tensor on
         self.stages = nn.ModuleList(self.stages)
-        self._apply_schedule()
+        self._init_schedule(schedule, layerwise_updates)
+        self._train_tradeoffs()
         self._init_class_heads(class_head)
 
     def _attentions(self) -> list[Attention | AttentionDownsample]:
@@ -388,26 +407,33 @@ class EvoLevit(LevitDistilled):
                 f'a grid of {" x ".join(str(size // stride) for size in img_size)}, the stem would give another.')
         self.img_size = img_size
 
-    def _check_selection(self) -> None:
+    def _check_selection(self, schedule: Schedule) -> None:
         """Refuse a keep ratio that leaves no slow token in a stage."""
-        for attn, ratio in zip(self._attentions(), self.schedule.keep_ratio, strict=True):
+        for attn, ratio in zip(self._attentions(), schedule.keep_ratio, strict=True):
             num_patches = attn.attention_bias_idxs.shape[1]
             if ratio > 0 and int(ratio * num_patches) < 1:
                 raise ValueError(
                     f'keep_ratio={ratio} of {num_patches} patch tokens leaves none on the slow path, '
                     f'it must be at least {1 / num_patches:.4g} for a stage of this size.')
 
-    def _apply_schedule(self) -> None:
+    def _set_schedule(self, schedule: Schedule) -> None:
         """Tell each stage and attention its part of the schedule."""
-        keep_ratio, scored, _ = self.schedule
+        super()._set_schedule(schedule)
+        keep_ratio, scored, _ = schedule
         begin = 0
         for stage in self.stages:
             begin += not isinstance(stage.downsample, nn.Identity)
             stage.keep_ratio = keep_ratio[begin:begin + len(stage.blocks)]
             begin += len(stage.blocks)
-        seen = False  # whether there are scores to mix with: the first attention sets them, whatever its alpha
         for attn, is_scored in zip(self._attentions(), scored, strict=True):
-            attn.set_scored(is_scored, weighted=is_scored and seen)
+            attn.scored = is_scored
+            attn.hold_tradeoff = schedule is not self._stagewise
+
+    def _train_tradeoffs(self) -> None:
+        """Make learned trade-offs parameters where they are trained, once for all phases of a training."""
+        seen = False  # whether there are scores to mix with: the first attention sets them, whatever its alpha
+        for attn, is_scored in zip(self._attentions(), self._stagewise.scored, strict=True):
+            attn.train_tradeoff(is_scored and seen)
             seen = seen or is_scored
 
     def _init_class_heads(self, class_head: bool) -> None:
@@ -450,13 +476,17 @@ class EvoLevit(LevitDistilled):
     ) -> list[int]:
         """Prune stages not required for specified intermediates, as timm's."""
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.schedule = cut_schedule(self.schedule, len(self._attentions()))
-        self._apply_schedule()
+        self._cut_schedule(len(self._attentions()))
+        self._train_tradeoffs()
         return take_indices
 
-    def _check_image(self, x: Tensor) -> None:
+    def _forward_stem(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to the feature map that enters the first stage."""
+        if not torch.jit.is_scripting():
+            self._follow_count()
         _assert(x.shape[2] == self.img_size[0], f'Input height ({x.shape[2]}) must be {self.img_size[0]}.')
         _assert(x.shape[3] == self.img_size[1], f'Input width ({x.shape[3]}) must be {self.img_size[1]}.')
+        return self.stem(x)
 
     def _embed(self, x: Tensor) -> Tensor:
         """Feature map of the stem (B, C, H, W) to the sequence that enters the first stage (B, P + N, C)."""
@@ -467,8 +497,7 @@ class EvoLevit(LevitDistilled):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to the full, ordered sequence after the last stage (B, P + N, C)."""
-        self._check_image(x)
-        x = self._embed(self.stem(x))
+        x = self._embed(self._forward_stem(x))
         scores: Tensor | None = None
         for stage in self.stages:
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -503,8 +532,7 @@ class EvoLevit(LevitDistilled):
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
 
-        self._check_image(x)
-        x = self.stem(x)
+        x = self._forward_stem(x)
         B, _, H, W = x.shape
         x = self._embed(x)
         scores: Tensor | None = None

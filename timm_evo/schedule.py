@@ -121,12 +121,39 @@ def make_pyramid_schedule(
     return Schedule(begins, [i < last for i in range(length)], _check_tradeoff(tradeoff, length, 'attention'))
 
 
+def make_layerwise(schedule: Schedule) -> Schedule:
+    """The schedule with a selection in every block that a stage-wise one evolves, at the ratio of its segment."""
+    keep_ratio, current = [], 1.
+    for ratio in schedule.keep_ratio:
+        current = ratio or current
+        keep_ratio.append(current if current < 1 else ratio)
+    first = next((i for i, ratio in enumerate(keep_ratio) if 0 < ratio < 1), len(keep_ratio))
+    last = _last_selection(keep_ratio)
+    scored = [read or first <= i < last for i, read in enumerate(schedule.scored)]
+    return Schedule(keep_ratio, scored, schedule.tradeoff)
+
+
 def cut_schedule(schedule: Schedule, length: int) -> Schedule:
     """The schedule of a model that has lost all but its first entries; scores for lost selections go, too."""
     keep_ratio = schedule.keep_ratio[:length]
     last = _last_selection(keep_ratio)
     return Schedule(keep_ratio, [read and i < last for i, read in enumerate(schedule.scored[:length])],
                     schedule.tradeoff[:length])
+
+
+def check_layerwise_updates(layerwise_updates: int, selection: str) -> None:
+    """Refuse a number of layer-wise updates that is none, or that no stage-wise selection follows.
+
+    Raises:
+        ValueError: What is not allowed, and what is.
+    """
+    if not isinstance(layerwise_updates, int) or isinstance(layerwise_updates, bool) or layerwise_updates < 0:
+        raise ValueError(
+            f'layerwise_updates={layerwise_updates!r} is not allowed, it must be a number of optimizer updates, or 0.')
+    if layerwise_updates and selection != 'stage':
+        raise ValueError(
+            f"layerwise_updates={layerwise_updates} is not allowed with selection={selection!r}, only 'stage' can "
+            'follow.')
 
 
 def _check_selection(selection: str) -> None:

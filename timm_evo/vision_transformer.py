@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from . import evolution, short_block
 from .arguments import split_arguments
-from .schedule import cut_schedule, make_schedule
+from .layer_to_stage import LayerToStage
+from .schedule import Schedule, check_layerwise_updates, make_schedule
 
 __all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve']
 
@@ -34,7 +35,7 @@ def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         raise ValueError('Token evolution takes no attention mask, attn_mask must be None and is_causal False.')
 
 
-class TokenEvolution:
+class TokenEvolution(LayerToStage):
     """Token evolution for a timm `VisionTransformer`, to stand before it in the bases of a class.
 
     The blocks stay timm's own. Class attention is computed beside them, and only where a later selection reads it. A
@@ -57,6 +58,7 @@ class TokenEvolution:
             tradeoff: float | Sequence[float] = 0.5,
             fast_update: bool = True,
             class_head: bool = False,
+            layerwise_updates: int = 0,
     ) -> None:
         """Set up token evolution in a model that is dense so far.
 
@@ -72,6 +74,8 @@ class TokenEvolution:
                 preserved, as in the authors' DeiT.
             class_head: Second head on the class token beside a patch-mean head (`global_pool='avg'`), as the authors
                 train. Logits are the mean of both heads, or the pair of them in distilled training.
+            layerwise_updates: Select in every block until this number of optimizer updates have been made, and once
+                per segment from then on, see `LayerToStage`.
 
         Raises:
             ValueError: An argument is outside what is allowed, or leaves no patch token to select.
@@ -82,19 +86,22 @@ class TokenEvolution:
                 raise TypeError(
                     f'{type(block).__name__} with {type(getattr(block, "attn", None)).__name__} cannot be evolved, '
                     "only timm's Block with Attention can.")
-        self.schedule = make_schedule(len(self.blocks), keep_ratio, start_block, stage_depth, selection, tradeoff)
-        self._check_selection(self.patch_embed.num_patches)
+        check_layerwise_updates(layerwise_updates, selection)
+        schedule = make_schedule(len(self.blocks), keep_ratio, start_block, stage_depth, selection, tradeoff)
+        self._check_selection(schedule, self.patch_embed.num_patches)
         self.fast_update = fast_update
         self.qk_norm = any(not isinstance(block.attn.q_norm, nn.Identity) for block in self.blocks)
         self._init_class_head(class_head)
+        self._init_schedule(schedule, layerwise_updates)
 
     def _init_class_head(self, class_head: bool) -> None:
         if class_head:
             raise ValueError(f'class_head=True is not allowed, {type(self).__name__} has no patch-mean head beside it.')
 
-    def _check_selection(self, num_patches: int) -> None:
+    @staticmethod
+    def _check_selection(schedule: Schedule, num_patches: int) -> None:
         """Refuse a keep ratio that leaves no slow token."""
-        for ratio in self.schedule.keep_ratio:
+        for ratio in schedule.keep_ratio:
             if ratio > 0 and int(ratio * num_patches) < 1:
                 raise ValueError(
                     f'keep_ratio={ratio} of {num_patches} patch tokens leaves none on the slow path, '
@@ -107,7 +114,7 @@ class TokenEvolution:
     ) -> None:
         """Update the input image resolution and patch size, as timm's."""
         sizes = to_2tuple(img_size or self.patch_embed.img_size), to_2tuple(patch_size or self.patch_embed.patch_size)
-        self._check_selection(math.prod(size // patch for size, patch in zip(*sizes, strict=True)))
+        self._check_selection(self.schedule, math.prod(size // patch for size, patch in zip(*sizes, strict=True)))
         super().set_input_size(img_size=img_size, patch_size=patch_size)
 
     def prune_intermediate_layers(
@@ -118,7 +125,7 @@ class TokenEvolution:
     ) -> list[int]:
         """Prune layers not required for specified intermediates, as timm's."""
         take_indices = super().prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
-        self.schedule = cut_schedule(self.schedule, len(self.blocks))
+        self._cut_schedule(len(self.blocks))
         return take_indices
 
     def _embed(self, x: Tensor) -> Tensor:
@@ -147,6 +154,8 @@ class TokenEvolution:
             Sequence after the last block, (B, P + N, C) or (B, num_read, C).
             Full sequence after each of the wanted blocks, (B, P + N, C) each.
         """
+        if not torch.jit.is_scripting():
+            self._follow_count()
         num_prefix = self.num_prefix_tokens
         keep_ratio, scored, tradeoff = self.schedule  # by position, because TorchScript forgets the names
         intermediates: list[Tensor] = []
