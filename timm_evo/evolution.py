@@ -116,19 +116,18 @@ def folded_attention(
 
 @torch.fx.wrap
 def folded_class_attention(
-        query_tokens: Tensor,
+        query_token: Tensor,
         tokens: Tensor,
         qkv_weight: Tensor,
         qkv_bias: Tensor | None,
         num_heads: int,
         scale: float,
 ) -> Tensor:
-    """Class attention by `folded_attention`, of the mean query of some tokens; the class token alone has T = 1.
+    """Class attention by `folded_attention`, of one token (B, 1, C), or of a mean of tokens for their mean query.
 
     Returns:
         Attention (B, L), as `class_attention` gives it.
     """
-    query_token = query_tokens.mean(dim=1, keepdim=True)
     return folded_attention(query_token, tokens, qkv_weight, qkv_bias, num_heads, scale).squeeze(2).sum(dim=1)
 
 

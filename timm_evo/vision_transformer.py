@@ -183,6 +183,7 @@ class TokenEvolution(LayerToStage):
                     q, k = evolution.project_query_key(query, y, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
                     attention = evolution.class_attention(attn.q_norm(q).mean(dim=2), attn.k_norm(k), attn.scale)
                 else:
+                    query = query if self.has_class_token else query.mean(dim=1, keepdim=True)
                     attention = evolution.folded_class_attention(
                         query, y, attn.qkv.weight, attn.qkv.bias, attn.num_heads, attn.scale)
                 scores = evolution.global_class_attention(scores, attention, tradeoff[i], slow)
