@@ -8,7 +8,7 @@ registers them.
 import warnings
 
 __version__ = '0.1.0'
-__all__ = ['EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled']
+__all__ = ['EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve', 'restore']
 
 
 def autoload() -> None:

@@ -23,6 +23,7 @@ from timm.models import (
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
     get_pretrained_cfg,
+    list_models,
     model_entrypoint,
     register_model,
     resolve_pretrained_cfg,
@@ -63,7 +64,8 @@ def _build_levit(dense: str, **kwargs) -> nn.Module:
     return levit.EvoLevit(**dict(levit_cfgs[dense], **kwargs))
 
 
-_VIT = _Family(_build_vit, partial(vit_filter_fn, adapt_layer_scale=True), 3)
+_VIT = _Family(_build_vit, vit_filter_fn, 3)
+_DEIT = _Family(_build_vit, partial(vit_filter_fn, adapt_layer_scale=True), 3)
 _LEVIT = _Family(_build_levit, levit_filter_fn, (0, 1, 2))
 
 
@@ -117,21 +119,21 @@ def _without_weights(dense: str) -> PretrainedCfg:
     return replace(get_pretrained_cfg(dense), url='', hf_hub_id=None)
 
 
-for _dense in (
-    'deit_tiny_patch16_224',
-    'deit_small_patch16_224',
-    'deit_base_patch16_224',
-    'deit_base_patch16_384',
-    'deit_tiny_distilled_patch16_224',
-    'deit_small_distilled_patch16_224',
-    'deit_base_distilled_patch16_224',
-    'deit_base_distilled_patch16_384',
-    'test_vit',
-):
-    _register_twin(_dense, _VIT)
+# timm's modules with vision transformers, and what has no twin of each: parallel blocks, differential attention, norms
+# after the residual branches; and families whose weights timm loads in ways of its own, for which there is `evolve`.
+_VIT_MODULES = {
+    'deit': (_DEIT, []),
+    'vision_transformer': (_VIT, [
+        '*_18x2_*', '*_xp_*', 'vit_pwee_*', 'vit_d*wee_*', 'vit_dlittle_*', '*_rpn_*',
+        'flexivit_*', '*_siglip_*', '*_radio_*',
+    ]),
+}
+for _module, (_family, _without) in _VIT_MODULES.items():
+    for _dense in list_models(module=_module, exclude_filters=_without):
+        _register_twin(_dense, _family)
 
 # The authors train DeiT-S at 384, too, which timm has no dense model of: no weights, and the input of DeiT-B at 384.
-_register('evo_deit_small_patch16_384', 'deit_small_patch16_224', _VIT, {
+_register('evo_deit_small_patch16_384', 'deit_small_patch16_224', _DEIT, {
     'evo_deit_small_patch16_384': _without_weights('deit_base_patch16_384'),
 })
 

@@ -66,14 +66,16 @@ class LayerToStage:
         self.layerwise_updates = layerwise_updates
         self._stagewise = schedule
         self._layerwise = make_layerwise(schedule) if layerwise_updates else schedule
-        device = next(self.parameters()).device
-        self.register_buffer(
-            'num_updates', torch.zeros((), dtype=torch.long, device=device) if layerwise_updates else None)
-        self._counted: str | None = None  # the weight whose updates count
+        if not layerwise_updates:
+            self.register_buffer('num_updates', None)
+        elif getattr(self, 'num_updates', None) is None:  # or else the schedule has been changed, and counting goes on
+            device = next(self.parameters()).device
+            self.register_buffer('num_updates', torch.zeros((), dtype=torch.long, device=device))
+            self._counted: str | None = None  # the weight whose updates count
+            _update_counter().models.add(self)
         self.schedule: Schedule | None = None
         self._set_count(0)
-        if layerwise_updates:
-            _update_counter().models.add(self)
+        self._read_count()
 
     def _set_schedule(self, schedule: Schedule) -> None:
         """Take a schedule, for a model that hands its parts on to extend."""

@@ -2,6 +2,7 @@
 
 Turns the model arguments into what each block has to do, and refuses those that make no sense. Knows no tensors.
 """
+import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import NamedTuple
@@ -48,8 +49,8 @@ def _per_entry(name: str, value: float | Sequence[float], length: int, entry: st
 def make_schedule(
         depth: int,
         keep_ratio: float | Sequence[float],
-        start_block: int,
-        stage_depth: int,
+        start_block: int | None,
+        stage_depth: int | None,
         selection: str,
         tradeoff: float | Sequence[float],
 ) -> Schedule:
@@ -58,8 +59,9 @@ def make_schedule(
     Args:
         depth: Number of blocks.
         keep_ratio: Share of the patch tokens on the slow path, in (0, 1]; one number, or one per segment.
-        start_block: First block that evolves; at least 1, because the scores come from the blocks before it.
-        stage_depth: Blocks per segment in stage-wise selection.
+        start_block: First block that evolves; at least 1, because the scores come from the blocks before it. None for
+            a third of the depth, rounded: 4 of 12 blocks.
+        stage_depth: Blocks per segment in stage-wise selection. None for half of the blocks that evolve, rounded up.
         selection: 'stage', one selection per segment of `stage_depth` blocks, or 'layer', one per block.
         tradeoff: alpha in [0, 1]; one number for the evolved blocks (the dense ones before them then take 1, as in the
             authors' DeiT), or one per block.
@@ -68,7 +70,11 @@ def make_schedule(
         ValueError: An argument is outside what is allowed; the message names it.
     """
     _check_selection(selection)
+    if start_block is None:
+        start_block = max(1, round(depth / 3))
     _check_start(start_block, depth)
+    if stage_depth is None:
+        stage_depth = math.ceil((depth - start_block) / 2)
     if not isinstance(stage_depth, int) or stage_depth < 1:
         raise ValueError(f'stage_depth={stage_depth!r} is not allowed, it must be at least 1.')
 

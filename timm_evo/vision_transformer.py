@@ -5,6 +5,7 @@ vision transformers. Their blocks, embeddings, heads and weights are used as the
 through a block.
 """
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from .arguments import split_arguments
 from .layer_to_stage import LayerToStage
 from .schedule import Schedule, check_layerwise_updates, make_schedule
 
-__all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve']
+__all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve', 'restore']
 
 # torchvision's tracer keeps the functions that timm has marked as untraceable whole, but only in the module that
 # defines the model's `forward`. `torch.fx.wrap` does so for the module it is called in, so it is called in timm's.
@@ -52,8 +53,8 @@ class TokenEvolution(LayerToStage):
     def init_evolution(
             self,
             keep_ratio: float | Sequence[float] = 0.5,
-            start_block: int = 4,
-            stage_depth: int = 4,
+            start_block: int | None = None,
+            stage_depth: int | None = None,
             selection: str = 'stage',
             tradeoff: float | Sequence[float] = 0.5,
             fast_update: bool = True,
@@ -65,8 +66,9 @@ class TokenEvolution(LayerToStage):
         Args:
             keep_ratio: Share of the patch tokens on the slow path, in (0, 1]; one number or one per segment. 1.0 is
                 exactly the dense model.
-            start_block: First block that evolves, at least 1.
-            stage_depth: Blocks per segment in stage-wise selection.
+            start_block: First block that evolves, at least 1. None for a third of the depth, rounded: 4 of 12 blocks.
+            stage_depth: Blocks per segment in stage-wise selection. None for half of the blocks that evolve, rounded
+                up: two segments of 4 for 12 blocks.
             selection: 'stage', one selection per segment of `stage_depth` blocks, or 'layer', one per block.
             tradeoff: Share alpha in [0, 1] of a block's class attention in the scores; one number for all evolved
                 blocks or one per block.
@@ -84,14 +86,52 @@ class TokenEvolution(LayerToStage):
         for block in self.blocks:
             if not isinstance(block, Block) or not isinstance(block.attn, Attention):
                 raise TypeError(
-                    f'{type(block).__name__} with {type(getattr(block, "attn", None)).__name__} cannot be evolved, '
-                    "only timm's Block with Attention can.")
+                    f'{type(block).__name__} with {type(getattr(block, "attn", None)).__name__} cannot be evolved: '
+                    'class attention is computed beside a block, from its `norm1` and the `qkv` of its `attn`, and '
+                    "only timm's Block with Attention is known to have them so.")
+        dense = self._attribute_names()
+        self.qk_norm = any(not isinstance(block.attn.q_norm, nn.Identity) for block in self.blocks)
+        self._set_evolution(
+            keep_ratio, start_block, stage_depth, selection, tradeoff, fast_update, layerwise_updates)
+        self._init_class_head(class_head)
+        self._added: list[str] = []
+        self._added += self._attribute_names() - dense
+
+    def _attribute_names(self) -> set[str]:
+        return {*vars(self), *self._modules, *self._buffers, *self._parameters}
+
+    def set_evolution(self, **arguments) -> None:
+        """Change arguments of evolution at run time. A compiled model is compiled once more.
+
+        Args:
+            **arguments: What changes of the arguments of `init_evolution`, without `class_head`, which has weights.
+
+        Raises:
+            TypeError: An argument is not known.
+            ValueError: An argument is outside what is allowed; then nothing has changed.
+        """
+        unknown = sorted(arguments.keys() - self.evolution.keys())
+        if unknown:
+            raise TypeError(f'{unknown[0]} cannot be set, only {", ".join(self.evolution)} can.')
+        self._set_evolution(**self.evolution | arguments)
+
+    def _set_evolution(
+            self,
+            keep_ratio: float | Sequence[float],
+            start_block: int | None,
+            stage_depth: int | None,
+            selection: str,
+            tradeoff: float | Sequence[float],
+            fast_update: bool,
+            layerwise_updates: int,
+    ) -> None:
         check_layerwise_updates(layerwise_updates, selection)
         schedule = make_schedule(len(self.blocks), keep_ratio, start_block, stage_depth, selection, tradeoff)
         self._check_selection(schedule, self.patch_embed.num_patches)
         self.fast_update = fast_update
-        self.qk_norm = any(not isinstance(block.attn.q_norm, nn.Identity) for block in self.blocks)
-        self._init_class_head(class_head)
+        self.evolution = dict(
+            keep_ratio=keep_ratio, start_block=start_block, stage_depth=stage_depth, selection=selection,
+            tradeoff=tradeoff, fast_update=fast_update, layerwise_updates=layerwise_updates)
         self._init_schedule(schedule, layerwise_updates)
 
     def _init_class_head(self, class_head: bool) -> None:
@@ -202,7 +242,7 @@ class TokenEvolution(LayerToStage):
 
     def _num_read(self) -> int | None:
         """Number of tokens at the beginning of the sequence that the head reads, None if it may read any."""
-        return 1 if self.global_pool == 'token' else None
+        return None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to logits, as timm's: `forward_features`, then `forward_head`.
@@ -316,6 +356,9 @@ class TokenEvolution(LayerToStage):
 class EvoVisionTransformer(TokenEvolution, VisionTransformer):
     """timm's `VisionTransformer` with token evolution."""
 
+    def _num_read(self) -> int | None:
+        return 1 if self.global_pool == 'token' else None
+
     def _init_class_head(self, class_head: bool) -> None:
         if class_head and (self.global_pool != 'avg' or not self.has_class_token):
             raise ValueError(
@@ -366,14 +409,64 @@ class EvoVisionTransformerDistilled(TokenEvolution, VisionTransformerDistilled):
         return 2
 
 
-_EVOLVED = {VisionTransformer: EvoVisionTransformer, VisionTransformerDistilled: EvoVisionTransformerDistilled}
+# What evolution replaces of a model. A class with an own one of these is another model than timm's.
+_REPLACED = ('forward', 'forward_features', 'forward_intermediates', 'get_intermediate_layers')
+
+
+@functools.cache
+def _evolved_class(dense_cls: type[VisionTransformer]) -> type[TokenEvolution]:
+    """The evolved class of timm's class, or of a subclass of it."""
+    for base in (EvoVisionTransformer, EvoVisionTransformerDistilled):
+        if dense_cls is _dense_class(base):
+            return base
+    for base in (EvoVisionTransformerDistilled, EvoVisionTransformer):
+        # what the head reads is known of timm's own heads
+        if issubclass(dense_cls, _dense_class(base)) and dense_cls.forward_head is _dense_class(base).forward_head:
+            break
+    else:
+        base = TokenEvolution
+    return type(f'Evo{dense_cls.__name__}', (base, dense_cls), {
+        '__doc__': f'`{dense_cls.__name__}` with token evolution.',
+        '__module__': dense_cls.__module__,
+        '__reduce__': lambda self: (_new, (dense_cls,), self.__dict__),  # a copy or a file can't find it by its name
+    })
+
+
+def _new(dense_cls: type[VisionTransformer]) -> TokenEvolution:
+    evolved_cls = _evolved_class(dense_cls)
+    return evolved_cls.__new__(evolved_cls)
+
+
+def _dense_class(evolved_cls: type[TokenEvolution]) -> type[VisionTransformer]:
+    return next(cls for cls in evolved_cls.__mro__ if not issubclass(cls, LayerToStage))
+
+
+def _check_class(model: nn.Module) -> None:
+    """Refuse what has no class that could be evolved, with the reason."""
+    dense_cls = type(model)
+    name = dense_cls.__name__
+    if isinstance(model, TokenEvolution):
+        raise TypeError(f'{name} is evolved already, its set_evolution changes the arguments.')
+    if not isinstance(model, VisionTransformer):
+        names = ' '.join(name for name, _ in [*model.named_parameters(), *model.named_modules()])
+        if 'rel_pos' in names or 'relative_position' in names:
+            reason = 'its attention has biases by relative position, which need the whole grid'
+        elif 'attn' not in names:
+            reason = 'it has no attention, and so no tokens to select'
+        else:
+            reason = "its forward pass is not that of timm's VisionTransformer"
+        raise TypeError(f'{name} cannot be evolved, {reason}. VisionTransformer and its subclasses can.')
+    for method in _REPLACED:
+        if getattr(dense_cls, method) is not getattr(VisionTransformer, method):
+            raise TypeError(
+                f"{name} cannot be evolved, its {method} is its own and not that of timm's VisionTransformer.")
 
 
 def evolve(model: VisionTransformer, **evolution_args) -> TokenEvolution:
     """Give token evolution to a dense timm model, in place.
 
     Args:
-        model: A `VisionTransformer` or `VisionTransformerDistilled`.
+        model: A `VisionTransformer`, or of a subclass that leaves its forward pass as it is.
         **evolution_args: Arguments of `TokenEvolution.init_evolution`.
 
     Returns:
@@ -383,14 +476,36 @@ def evolve(model: VisionTransformer, **evolution_args) -> TokenEvolution:
         TypeError: The model is of another class, or has blocks that cannot be evolved.
         ValueError: An argument is outside what is allowed.
     """
+    _check_class(model)
     dense_cls = type(model)
-    if dense_cls not in _EVOLVED:
-        allowed = ', '.join(cls.__name__ for cls in _EVOLVED)
-        raise TypeError(f'{dense_cls.__name__} cannot be evolved, only {allowed} can.')
-    model.__class__ = _EVOLVED[dense_cls]
+    before = dict(vars(model))
+    model.__class__ = _evolved_class(dense_cls)
     try:
         model.init_evolution(**evolution_args)
     except (TypeError, ValueError):
         model.__class__ = dense_cls
+        for name in vars(model).keys() - before.keys():
+            delattr(model, name)
         raise
+    return model
+
+
+def restore(model: TokenEvolution) -> VisionTransformer:
+    """Take token evolution away again, in place: the dense model with the weights as they are now.
+
+    Args:
+        model: A model of `evolve` or `timm.create_model('evo_*')`.
+
+    Returns:
+        The same object, its class changed to timm's. Without a class head, if it had one.
+
+    Raises:
+        TypeError: The model is not evolved.
+    """
+    if not isinstance(model, TokenEvolution):
+        raise TypeError(f'{type(model).__name__} is not evolved, there is nothing to restore.')
+    added = model._added
+    model.__class__ = _dense_class(type(model))
+    for name in added:
+        delattr(model, name)
     return model
