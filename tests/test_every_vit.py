@@ -1,0 +1,290 @@
+"""Any ViT of timm's evolves: registered twins, instances by `evolve`, and what is refused."""
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torch._dynamo.testing
+from timm.models import VisionTransformer, get_arch_pretrained_cfgs
+from torch import nn
+
+import timm_evo
+from timm_evo import EvoVisionTransformer, evolve, restore
+from timm_evo.schedule import make_schedule, segments
+
+# One name of each family. Their widths and depths are cut down, what else makes them up is as registered.
+FAMILIES = [
+    'vit_tiny_patch16_224', 'vit_base_patch32_224', 'vit_large_patch16_384', 'vit_huge_patch14_224',
+    'vit_base_patch8_224', 'vit_small_patch16_36x1_224', 'deit_small_patch16_224', 'deit_base_distilled_patch16_224',
+    'deit3_small_patch16_224', 'deit3_large_patch16_384', 'vit_base_patch16_clip_224', 'vit_large_patch14_clip_336',
+    'vit_base_patch32_clip_quickgelu_224', 'vit_small_patch14_dinov2', 'vit_small_patch14_reg4_dinov2',
+    'vit_medium_patch16_gap_256', 'vit_base_patch16_reg4_gap_256', 'vit_base_patch16_siglip_224',
+    'vit_so400m_patch14_siglip_gap_224', 'flexivit_small', 'eva_large_patch14_196', 'test_vit3',
+]
+REGISTERED = [
+    name for name in timm.list_models('evo_*')
+    if name != 'evo_deit_small_patch16_384' and not name.startswith('evo_levit_cls')  # they have no dense twin
+]
+
+
+def create(name: str, seed: int = 0, **kwargs) -> nn.Module:
+    """A dense model, cut down, whose tokens attend to each other unevenly."""
+    torch.manual_seed(seed)
+    num_patches = 6
+    patch_size = 7 if 'patch14' in name else 8
+    model = timm.create_model(name, **dict(
+        img_size=num_patches * patch_size, patch_size=patch_size, embed_dim=48, num_heads=3, depth=6, num_classes=5,
+    ) | kwargs).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    return model
+
+
+def images(model: nn.Module, batch_size: int = 2) -> torch.Tensor:
+    return torch.randn(batch_size, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=FAMILIES)
+def dense(request):
+    if request.param not in timm.list_models():
+        pytest.skip(f'timm {timm.__version__} has no {request.param}')
+    return create(request.param)
+
+
+# Registered twins
+
+
+def test_all_families_are_registered():
+    names = set(REGISTERED)
+    for family in (
+        'vit_{}_patch16_224', 'vit_{}_patch16_384', 'deit3_{}_patch16_224', 'vit_{}_patch16_clip_224',
+        'vit_{}_patch14_clip_224', 'vit_{}_patch14_dinov2', 'vit_{}_patch14_reg4_dinov2',
+    ):
+        sizes = [size for size in ('tiny', 'small', 'base', 'large', 'huge', 'giant')
+                 if family.format(size) in timm.list_models()]
+        assert sizes and {f'evo_{family.format(size)}' for size in sizes} <= names
+
+
+@pytest.mark.parametrize('name', REGISTERED)
+def test_a_registered_twin_has_the_keys_and_weights_of_the_dense_model(name):
+    dense_name = name.removeprefix('evo_')
+    try:
+        with torch.device('meta'):
+            dense = timm.create_model(dense_name)
+    except RuntimeError as error:
+        pytest.skip(f'timm {timm.__version__} cannot create its dense model on the meta device: {error}')
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    assert model.state_dict().keys() == dense.state_dict().keys()
+
+    def weights(name: str, prefix: str) -> dict:
+        cfgs = get_arch_pretrained_cfgs(name)
+        return {key.removeprefix(prefix): (cfg.hf_hub_id, cfg.url, cfg.file) for key, cfg in cfgs.items()}
+
+    assert weights(name, 'evo_') == weights(dense_name, '')
+
+
+def test_thirds_of_other_depths():
+    for depth, expected in {
+        2: [(1, 1)], 6: [(2, 3), (4, 5)], 12: [(4, 7), (8, 11)], 24: [(8, 15), (16, 23)],
+        27: [(9, 17), (18, 26)], 32: [(11, 21), (22, 31)], 40: [(13, 26), (27, 39)],
+    }.items():
+        schedule = make_schedule(depth, 0.5, None, None, 'stage', 0.5)
+        firsts = [i for i, ratio in enumerate(schedule.keep_ratio) if ratio > 0]
+        assert firsts == [first for first, _ in expected]
+        assert segments(depth, expected[0][0], expected[0][1] - expected[0][0] + 1) == expected
+
+
+# Instances
+
+
+def test_evolve_and_restore_leave_the_dense_model_as_it_was(dense):
+    x = images(dense)
+    logits, keys, attributes, dense_cls = dense(x), dense.state_dict().keys(), set(vars(dense)), type(dense)
+    weights = [parameter.data_ptr() for parameter in dense.parameters()]
+
+    evolved = evolve(dense)
+    assert evolved is dense and evolved.state_dict().keys() == keys
+    assert not torch.allclose(evolved(x), logits, atol=1e-4)
+    restored = restore(evolved)
+    assert restored is dense and type(restored) is dense_cls and set(vars(restored)) == attributes
+    assert [parameter.data_ptr() for parameter in restored.parameters()] == weights
+    assert torch.equal(restored(x), logits)
+
+
+def test_keep_ratio_one_is_the_dense_model(dense):
+    x = images(dense)
+    evolved = evolve(copy.deepcopy(dense), keep_ratio=1.0)
+    for model in (dense, evolved):
+        model.zero_grad()
+        model(x).square().mean().backward()
+    torch.testing.assert_close(evolved(x), dense(x), rtol=1e-5, atol=1e-5)
+    for a, e in zip(evolved.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, e.grad, rtol=1e-4, atol=1e-5 * max(1, e.grad.abs().max().item()))
+
+
+def test_every_parameter_that_trains_in_the_dense_model_trains(dense):
+    gradients = []
+    for model in (copy.deepcopy(dense), evolve(dense)):
+        model.train()(images(model)).square().mean().backward()
+        gradients.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
+    assert gradients[0] == gradients[1]
+
+
+def test_features_are_whole_grids(dense):
+    features = evolve(dense).forward_intermediates(images(dense), intermediates_only=True)
+    assert [y.shape for y in features] == [(2, 48, 6, 6)] * 6
+
+
+def test_a_created_model_is_restored_to_the_dense_twin():
+    model = timm.create_model('evo_test_vit').eval()
+    dense = timm.create_model('test_vit').eval()
+    dense.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 160, 160)
+    assert torch.equal(restore(model)(x), dense(x))
+    assert type(model) is VisionTransformer
+
+
+def test_restoring_takes_class_head_and_count_away():
+    dense = create('vit_tiny_patch16_224', global_pool='avg')
+    keys = dense.state_dict().keys()
+    model = evolve(dense, class_head=True, layerwise_updates=5)
+    assert {'head_cls.weight', 'num_updates'} <= model.state_dict().keys() - keys
+    assert restore(model).state_dict().keys() == keys
+
+
+@pytest.mark.parametrize('device, dtype', [('cpu', torch.float64), ('meta', torch.float32)])
+def test_device_and_dtype_stay(device, dtype):
+    model = evolve(create('vit_tiny_patch16_224').to(device, dtype), layerwise_updates=5)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {(device, dtype)}
+    assert model.num_updates.device.type == device
+
+
+# Subclasses
+
+
+class Wider(VisionTransformer):
+    """A subclass that changes what leaves the forward pass as it is."""
+
+    def _pos_embed(self, x):
+        return super()._pos_embed(x) + 1
+
+
+class OwnHead(VisionTransformer):
+    def forward_head(self, x, pre_logits=False):
+        return self.head(x.mean(dim=1))  # reads all tokens, whatever global_pool says
+
+
+class OwnForward(VisionTransformer):
+    def forward_features(self, x):
+        return 2 * super().forward_features(x)
+
+
+SMALL = dict(img_size=48, patch_size=8, embed_dim=48, num_heads=3, depth=6, num_classes=5)
+
+
+@pytest.mark.parametrize('dense_cls', [Wider, OwnHead])
+def test_subclasses_keep_what_they_change(dense_cls):
+    dense = dense_cls(**SMALL).eval()
+    x = images(dense)
+    evolved = evolve(copy.deepcopy(dense), keep_ratio=1.0)
+    assert isinstance(evolved, dense_cls) and type(evolved).__name__ == f'Evo{dense_cls.__name__}'
+    torch.testing.assert_close(evolved(x), dense(x))
+    evolved.set_evolution(keep_ratio=0.5)
+    torch.testing.assert_close(evolved(x), evolved.forward_head(evolved.forward_features(x)))
+    for copied in (copy.deepcopy(evolved), pickle.loads(pickle.dumps(evolved))):
+        assert type(copied) is type(evolved) and torch.equal(copied(x), evolved(x))
+    assert type(restore(evolved)) is dense_cls
+
+
+# Changes at run time
+
+
+def test_set_evolution_is_as_if_created_so():
+    dense = create('vit_tiny_patch16_224')
+    model = evolve(copy.deepcopy(dense))
+    changes = [
+        dict(keep_ratio=0.7), dict(selection='layer'), dict(start_block=3, stage_depth=1, fast_update=False),
+        dict(keep_ratio=[0.5, 0.4, 0.3], tradeoff=0.2, selection='stage')]
+    settings = {}
+    for change in changes:
+        settings |= change
+        model.set_evolution(**change)
+        assert torch.equal(model(images(model)), evolve(copy.deepcopy(dense), **settings)(images(model)))
+
+
+@pytest.mark.parametrize('arguments, error, message', [
+    (dict(keep_ratio=0), ValueError, 'keep_ratio=0 is not allowed'),
+    (dict(start_block=6), ValueError, r'start_block=6 .* 1\.\.5'),
+    (dict(keep_ratios=0.5), TypeError, 'keep_ratios cannot be set, only keep_ratio, '),
+    (dict(class_head=True), TypeError, 'class_head cannot be set'),
+])
+def test_a_refused_change_leaves_the_model_as_it_was(arguments, error, message):
+    model = evolve(create('vit_tiny_patch16_224'))
+    logits, evolution = model(images(model)), copy.deepcopy(model.evolution)
+    with pytest.raises(error, match=message):
+        model.set_evolution(**arguments)
+    assert model.evolution == evolution and torch.equal(model(images(model)), logits)
+
+
+def test_counting_goes_on_after_a_change():
+    model = evolve(create('vit_tiny_patch16_224'), layerwise_updates=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.)
+    optimizer.step()
+    optimizer.step()
+    model.set_evolution(keep_ratio=0.7)
+    assert model.num_updates == 2 and model.schedule.keep_ratio == [0, 0, 0.7, 0.7, 0.7, 0.7]
+    optimizer.step()
+    assert model.num_updates == 3 and model.schedule.keep_ratio == [0, 0, 0.7, 0, 0.7, 0]
+
+
+def test_a_compiled_model_is_compiled_once_more():
+    model = evolve(create('vit_tiny_patch16_224'))
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for keep_ratio, graphs in ((0.5, 1), (0.7, 2), (0.5, 2), (0.7, 2)):
+            model.set_evolution(keep_ratio=keep_ratio)
+            torch.testing.assert_close(compiled(images(model)), model(images(model)))
+            assert counter.frame_count == graphs
+
+
+# What cannot be evolved
+
+
+@pytest.mark.parametrize('name, reason', [
+    ('resnet18', 'ResNet cannot be evolved, it has no attention, and so no tokens to select'),
+    ('beit_base_patch16_224', 'Beit cannot be evolved, its attention has biases by relative position'),
+    ('vit_relpos_small_patch16_224', 'VisionTransformerRelPos cannot .* biases by relative position'),
+    ('swin_tiny_patch4_window7_224', 'SwinTransformer cannot .* biases by relative position'),
+    ('eva02_tiny_patch14_224', "Eva cannot be evolved, its forward pass is not that of timm's VisionTransformer"),
+    ('vit_base_patch16_xp_224', 'ParallelScalingBlock .* cannot be evolved: class attention is computed beside'),
+    ('vit_small_patch16_18x2_224', 'ParallelThingsBlock .* cannot be evolved'),
+    ('vit_base_patch16_rpn_224', 'ResPostBlock .* cannot be evolved'),
+])
+def test_refused_by_name_with_the_reason(name, reason):
+    model = timm.create_model(name)
+    attributes = set(vars(model))
+    with pytest.raises(TypeError, match=reason):
+        evolve(model)
+    assert set(vars(model)) == attributes and 'Evo' not in type(model).__name__
+
+
+def test_other_refusals():
+    with pytest.raises(TypeError, match='OwnForward cannot be evolved, its forward_features is its own'):
+        evolve(OwnForward(**SMALL))
+    model = evolve(VisionTransformer(**SMALL))
+    with pytest.raises(TypeError, match='EvoVisionTransformer is evolved already, its set_evolution'):
+        evolve(model)
+    with pytest.raises(TypeError, match='VisionTransformer is not evolved'):
+        restore(restore(model))
+    with pytest.raises(ValueError, match='keep_ratio=0.01 of 36 patch tokens'):
+        evolve(VisionTransformer(**SMALL), keep_ratio=0.01)
+
+
+def test_public_names():
+    assert timm_evo.evolve is evolve and timm_evo.restore is restore
+    assert isinstance(evolve(VisionTransformer(**SMALL)), EvoVisionTransformer)
