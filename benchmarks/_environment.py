@@ -13,16 +13,25 @@ import torch
 import timm_evo
 
 
-def describe_environment() -> dict:
-    """Machine, versions, date and command line; no host name and no paths."""
+def describe_environment(device: torch.device | None = None) -> dict:
+    """Machine, versions, date and command line; no host name and no paths.
+
+    Args:
+        device: Where models ran, if any did.
+    """
+    machine = {
+        'processor': _processor(),
+        'cores': os.cpu_count(),
+        'instructions': torch.backends.cpu.get_cpu_capability(),  # virtual machines hide the processor's model
+    }
+    if device is not None:
+        machine['threads'] = torch.get_num_threads()
+        if device.type == 'cuda':
+            machine['gpu'] = torch.cuda.get_device_name(device)
     return {
         'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
         'command': _command_line(),
-        'machine': {
-            'processor': _processor(),
-            'cores': os.cpu_count(),
-            'instructions': torch.backends.cpu.get_cpu_capability(),  # virtual machines hide the processor's model
-        },
+        'machine': machine,
         'versions': {
             'python': platform.python_version(),
             'torch': torch.__version__,
@@ -30,6 +39,13 @@ def describe_environment() -> dict:
             'timm_evo': timm_evo.__version__,
         },
     }
+
+
+def summarise_environment(environment: dict) -> str:
+    """The machine, versions and date of `describe_environment` in one line."""
+    machine, versions = environment['machine'], environment['versions']
+    where = machine.get('gpu') or f'{machine["processor"]}, {machine["threads"]} threads'
+    return f'{where}, torch {versions["torch"]}, timm {versions["timm"]}, {environment["date"][:10]}'
 
 
 def _command_line() -> str:

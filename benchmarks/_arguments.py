@@ -1,0 +1,131 @@
+""" Arguments that the commands of this folder share """
+import argparse
+import difflib
+from pathlib import Path
+
+import timm
+import torch
+from _measuring import COMPILE_MODES, DTYPES, dense_twin
+from timm.utils import ParseKwargs
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, not {value}')
+    return value
+
+
+def key_value(text: str) -> str:
+    if '=' not in text:
+        raise argparse.ArgumentTypeError(f'{text!r} is not key=value')
+    return text
+
+
+def timed_device(text: str) -> torch.device:
+    """A device as an argument of a command; becomes the current one, whose events `time_step` records."""
+    try:
+        device = torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError where torch has no CUDA
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from error
+    if device.type not in ('cpu', 'cuda'):
+        raise argparse.ArgumentTypeError(f'only cpu and cuda can be timed, not {device.type}')
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    return device
+
+
+def output_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a file in an existing folder')
+    return path
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--device',
+        type=timed_device,
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='cpu or cuda (default: cuda if there is one, else cpu)',
+    )
+
+
+def add_models(parser: argparse.ArgumentParser, default: list[str]) -> None:
+    """Which models to run: `--models` and `--model-kwargs`."""
+    parser.add_argument(
+        '--models',
+        nargs='+',
+        default=default,
+        metavar='NAME',
+        help=f'evolved or dense models; the dense twin of each evolved one is added (default: {" ".join(default)})',
+    )
+    parser.add_argument(
+        '--model-kwargs',
+        nargs='*',
+        type=key_value,
+        action=ParseKwargs,
+        default={},
+        metavar='KEY=VALUE',
+        help='arguments of the evolved models, such as keep_ratio=0.7',
+    )
+
+
+def add_how(parser: argparse.ArgumentParser) -> None:
+    """How to run the models: what `choose_how` reads."""
+    add_device(parser)
+    parser.add_argument(
+        '--dtype', choices=DTYPES, default='float32', help='of weights and inputs, by plain cast (default: float32)')
+    parser.add_argument(
+        '--compile',
+        nargs='?',
+        choices=COMPILE_MODES,
+        const='default',
+        metavar='MODE',
+        help=f'use torch.compile; modes: {", ".join(COMPILE_MODES)}',
+    )
+    parser.add_argument('--train', action='store_true', help='training steps instead of inference')
+    parser.add_argument('--channels-last', action='store_true', help='memory format of weights and images')
+    parser.add_argument(
+        '--reparam', action='store_true', help='fuse what timm can fuse for inference: the batch norms of LeViT')
+    parser.add_argument('--threads', type=positive_int, metavar='N', help='CPU threads (default: all)')
+
+
+def parse_and_check(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse what `add_models` and `add_how` have added, refuse what cannot work, and set the number of threads."""
+    args = parser.parse_args()
+    if 'img_size' in args.model_kwargs:
+        parser.error('--model-kwargs are for the evolved models alone, use --img-size or --img-sizes')
+    if args.reparam and args.train:
+        parser.error('--reparam fuses layers for inference, it cannot go with --train')
+    known = timm.list_models()
+    for name in args.models:
+        if name not in known:
+            close = difflib.get_close_matches(name, known)
+            parser.error(f'unknown model {name!r}' + (f', did you mean {" or ".join(close)}?' if close else ''))
+        if dense_twin(name) not in known:
+            parser.error(f'{name} has no dense twin in timm, use another model and another image size')
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def choose_how(args: argparse.Namespace) -> dict:
+    """Arguments of `_measuring.prepare`, but for the batch size."""
+    return {
+        'device': args.device,
+        'dtype': DTYPES[args.dtype],
+        'train': args.train,
+        'compile_mode': args.compile,
+        'channels_last': args.channels_last,
+        'reparam': args.reparam,
+    }
+
+
+def describe_how(args: argparse.Namespace) -> dict:
+    """The same for JSON, with the arguments of the evolved models."""
+    return {
+        **{key: getattr(args, key) for key in ('dtype', 'train', 'compile', 'channels_last', 'reparam')},
+        'device': args.device.type,
+        'model_kwargs': args.model_kwargs,
+    }

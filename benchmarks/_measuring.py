@@ -1,0 +1,295 @@
+""" Time, memory and arithmetic of models, measured side by side
+
+All models run in one process, one batch each per round, in an order that alternates from round to round, so that
+whatever else the machine does slows all of them. Ratios are medians of the ratios within each round.
+"""
+import gc
+import os
+import time
+from dataclasses import dataclass
+from itertools import accumulate
+
+import timm
+import torch
+from timm.layers import to_2tuple
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
+NUM_WARMUP = 3
+LATENCY_ROUNDS = 5  # times as many as of batches, because one image is short
+
+if not torch.cuda.is_available():  # torch.profiler would say so at each use, in the middle of a progress bar
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
+
+
+def dense_twin(name: str) -> str:
+    """The dense model that `name` is compared with; a dense model is its own."""
+    return name.removeprefix('evo_').replace('levit_cls_', 'levit_')
+
+
+@dataclass
+class Variant:
+    """A model with arguments, one row of the results.
+
+    Attributes:
+        label: Its name in the results, unlike all others.
+        model: Model name.
+        kwargs: Arguments of `timm.create_model`.
+        dense: Label of the variant that it is compared with.
+    """
+    label: str
+    model: str
+    kwargs: dict
+    dense: str
+
+
+def with_twins(
+        names: list[str],
+        img_size: int | None = None,
+        evolution_kwargs: dict | None = None,
+        keep_ratios: list[float] | None = None,
+) -> list[Variant]:
+    """The models to run: each of `names` once, evolved ones right after their dense twins.
+
+    Args:
+        names: Evolved and dense models.
+        img_size: Of all of them, their own if None.
+        evolution_kwargs: Arguments of the evolved ones.
+        keep_ratios: Each evolved model at each of these, under a label that says so.
+    """
+    shared = {} if img_size is None else {'img_size': img_size}
+    evolutions = {'': evolution_kwargs or {}}
+    if keep_ratios is not None:
+        evolutions = {f', keep_ratio={ratio}': evolutions[''] | {'keep_ratio': ratio} for ratio in keep_ratios}
+    variants = []
+    for name in dict.fromkeys(model for given in names for model in (dense_twin(given), given)):
+        if name == dense_twin(name):
+            variants.append(Variant(name, name, shared, name))
+        else:
+            variants += [
+                Variant(name + suffix, name, shared | kwargs, dense_twin(name)) for suffix, kwargs in evolutions.items()
+            ]
+    return variants
+
+
+def build_model(
+        variant: Variant,
+        device: torch.device,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        reparam: bool,
+) -> tuple[nn.Module, Tensor]:
+    """A model in evaluation mode and an image for it, as a batch of one."""
+    try:
+        model = timm.create_model(variant.model, **variant.kwargs).eval()
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f'{variant.label}: {error}') from error
+    if reparam:
+        model = reparameterize_model(model)
+    model = model.to(device=device, dtype=dtype, memory_format=memory_format)
+    channels, height, width = model.pretrained_cfg['input_size']
+    if 'img_size' in variant.kwargs:
+        height, width = to_2tuple(variant.kwargs['img_size'])
+    return model, torch.randn(1, channels, height, width, device=device, dtype=dtype)
+
+
+@torch.no_grad()  # in inference mode, an older counter sees no linear layer
+def measure_cost(model: nn.Module, image: Tensor) -> dict[str, float]:
+    """Multiply-accumulates of one image, and parameters."""
+    # an older counter does not know fused attention on a CPU
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(image)
+    return {
+        'gmacs': counter.get_total_flops() / 2e9,
+        'params': sum(p.numel() for p in model.parameters()),
+    }
+
+
+class Step:
+    """What is timed: a batch through a model, in training with an update of its weights for random targets.
+
+    Args:
+        model: On the device of `batch`.
+        batch: Images.
+        train: Whether to train with AdamW.
+        compile_mode: One of `COMPILE_MODES`, not compiled if None.
+    """
+
+    def __init__(self, model: nn.Module, batch: Tensor, train: bool, compile_mode: str | None) -> None:
+        self.model = model.train(train)
+        self.batch = batch
+        self.optimizer = torch.optim.AdamW(model.parameters()) if train else None
+        self.compile_mode = compile_mode
+        if compile_mode is None:
+            self.forward = model
+        else:
+            # Static shapes, because models of several sizes share one `forward`, which would turn the sizes dynamic; a
+            # full graph, because a break or too many compilations of it would quietly run the rest uncompiled.
+            self.forward = torch.compile(model, fullgraph=True, dynamic=False, mode=compile_mode)
+
+    def __call__(self) -> None:
+        if self.compile_mode is not None:
+            # CUDA graphs would take the next model for the rest of this step, and keep this one's outputs for it
+            torch.compiler.cudagraph_mark_step_begin()
+        if self.optimizer is None:
+            with torch.inference_mode():
+                self.forward(self.batch)
+            return
+        logits = self.forward(self.batch)
+        targets = torch.randint(logits.shape[1], (len(self.batch),), device=self.batch.device)
+        cross_entropy(logits, targets).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # at the end, so that no gradient waits, in memory, for the model's next turn
+
+    def num_bytes_held(self) -> int:
+        """What stays in memory between steps: weights, buffers, optimizer state and the batch."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), self.batch]
+        if self.optimizer is not None:
+            tensors += [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def time_step(step: Step) -> float:
+    """Seconds that one step takes, on the clock of the device it runs on."""
+    if step.batch.device.type == 'cuda':
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()  # what is still running would hide the time that the CPU needs to launch kernels
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def measure_memory(step: Step) -> int:
+    """Bytes in use at the peak of a model's second step.
+
+    Counted is what the model holds between steps (weights, buffers, batch, and in training the optimizer's state,
+    which the first step has made), and on top of it the most that PyTorch's allocator has given to this step at any
+    time: activations, gradients, temporary tensors. On CUDA that is the allocator's own count of the peak, on a CPU
+    the running sum of what the profiler sees allocated and freed. Not counted: other models, memory that an allocator
+    keeps without using it, and what libraries (oneDNN, OpenMP, cuBLAS between steps) take for themselves.
+
+    It is the second step because CUDA graphs are recorded then; replayed, they do without the allocator.
+    """
+    if step.batch.device.type == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return step.num_bytes_held() + torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_ns())
+    return step.num_bytes_held() + max(accumulate((event.nbytes() for event in events), initial=0))
+
+
+def prepare(
+        variants: list[Variant],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+        train: bool = False,
+        compile_mode: str | None = None,
+        channels_last: bool = False,
+        reparam: bool = False,
+) -> tuple[dict[str, Step], dict[str, dict]]:
+    """A step of each variant, and its arithmetic cost, under its label; what an earlier call compiled is forgotten.
+
+    Args:
+        variants: What to run.
+        device: Where.
+        dtype: Of weights and images.
+        batch_size: Images per step.
+        train: Whether a step trains.
+        compile_mode: One of `COMPILE_MODES`, not compiled if None.
+        channels_last: Memory format of weights and images.
+        reparam: Whether to fuse what timm can fuse for inference, such as the batch norms of LeViT.
+    """
+    if compile_mode is not None:
+        torch.compiler.reset()
+        # all models of a class share the compilations of its `forward`; 8 is the default for one
+        torch._dynamo.config.cache_size_limit = 8 * len(variants)
+    gc.collect()
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    batches: dict[torch.Size, Tensor] = {}
+    steps, costs = {}, {}
+    for variant in variants:
+        model, image = build_model(variant, device, dtype, memory_format, reparam)
+        costs[variant.label] = measure_cost(model, image)
+        if image.shape not in batches:
+            batch = torch.randn(batch_size, *image.shape[1:], device=device, dtype=dtype)
+            batches[image.shape] = batch.contiguous(memory_format=memory_format)
+        steps[variant.label] = Step(model, batches[image.shape], train, compile_mode)
+    return steps, costs
+
+
+def measure(variants: list[Variant], *, rounds: int, **how) -> dict[str, dict]:
+    """Cost, peak memory of a step, and seconds per batch in each round of each variant, under its label.
+
+    Args:
+        variants: What to run.
+        rounds: Timed batches of each.
+        **how: As for `prepare`.
+    """
+    steps, results = prepare(variants, **how)
+    with tqdm(total=(NUM_WARMUP + rounds) * len(steps), unit='batch') as progress:
+        for label, step in steps.items():
+            progress.set_description(f'warm-up {label}')
+            step()
+            results[label]['peak_memory'] = measure_memory(step)
+            for _ in range(NUM_WARMUP - 2):
+                step()
+            results[label]['seconds'] = []
+            progress.update(NUM_WARMUP)
+        progress.set_description('rounds')
+        for i in range(rounds):
+            for label in steps if i % 2 == 0 else reversed(steps):
+                if how['device'].type == 'cuda':
+                    steps[label]()  # so that caches and clock rates are those of this model alone
+                results[label]['seconds'].append(time_step(steps[label]))
+                progress.update()
+    return results
+
+
+def summarise(variants: list[Variant], results: dict[str, dict], batch_size: int) -> dict[str, dict]:
+    """Medians, quartiles and ratios to the dense twin; larger ratios are faster, cheaper and smaller.
+
+    `flop_limit_share` is the share that the ratio of throughputs has reached of that of multiply-accumulates.
+    """
+    summary = {}
+    for variant in variants:
+        result, dense = results[variant.label], results[variant.dense]
+        seconds = torch.tensor(result['seconds'], dtype=torch.float64)
+        dense_seconds = torch.tensor(dense['seconds'], dtype=torch.float64)
+        lower, median, upper = seconds.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        ratio = (dense_seconds / seconds).quantile(0.5).item()
+        flop_ratio = dense['gmacs'] / result['gmacs']
+        summary[variant.label] = {
+            'seconds_per_batch': {'lower_quartile': lower, 'median': median, 'upper_quartile': upper},
+            'images_per_second': batch_size / median,
+            'gmacs': result['gmacs'],
+            'params': result['params'],
+            'peak_memory_mb': result['peak_memory'] / 1e6,
+            'ratio_to_dense': ratio,
+            'flop_ratio_to_dense': flop_ratio,
+            'flop_limit_share': ratio / flop_ratio,
+            'memory_ratio_to_dense': dense['peak_memory'] / result['peak_memory'],
+        }
+    return summary

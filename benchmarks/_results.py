@@ -1,0 +1,70 @@
+""" Files in `results/`, and the images that a benchmark looks at """
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from _environment import describe_environment, summarise_environment
+from matplotlib.figure import Figure
+
+SUFFIXES = ('.json', '.md', '.png')
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place when it is whole."""
+    part = path.with_name(f'.{path.stem}.part{path.suffix}')
+    yield part
+    os.replace(part, path)
+
+
+def results_prefix(text: str) -> Path:
+    """What comes before the suffixes of the results, as an argument of a command."""
+    path = Path(text)
+    if path.suffix in SUFFIXES or not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not the beginning, without {", ".join(SUFFIXES)}, of files in an existing folder')
+    return path
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Lines of a table, the first column left-aligned."""
+    lines = [header, ['---', *['---:'] * (len(header) - 1)], *rows]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def write_results(prefix: Path, title: str, table: str, record: dict, figure: Figure) -> str:
+    """Write JSON, table and plot, each as a whole; returns the table with its title and what it was measured with.
+
+    Args:
+        prefix: What comes before the suffixes.
+        title: Of table and plot.
+        table: Markdown.
+        record: What goes to JSON beside the environment; its `settings` have `device`, `dtype` and `batch_size`.
+        figure: The plot.
+    """
+    settings = record['settings']
+    environment = describe_environment(torch.device(settings['device']))
+    speed = f'speed: {settings["dtype"]}, batch {settings["batch_size"]}, median of {settings["rounds"]} rounds'
+    text = f'{title}\n\n{table}\n{summarise_environment(environment)}; {speed}.\n'
+    json_file, table_file, plot_file = (prefix.with_name(prefix.name + suffix) for suffix in SUFFIXES)
+    with replacing(json_file) as part:
+        part.write_text(json.dumps({**environment, **record}, indent=2) + '\n')
+    with replacing(table_file) as part:
+        part.write_text(text)
+    with replacing(plot_file) as part:
+        figure.savefig(part, dpi=120)
+    return text
+
+
+def find_validation_split(data_dir: Path) -> str:
+    """The folder of validation images; timm would take all images of `data_dir` where it finds none."""
+    if not (data_dir / 'train').is_dir():
+        raise SystemExit(f'--data-dir: there is no folder train in {data_dir}')
+    for split in ('validation', 'val', 'test'):
+        if (data_dir / split).is_dir():
+            return split
+    raise SystemExit(f'--data-dir: there is no folder validation, val or test in {data_dir}')

@@ -1,0 +1,209 @@
+""" All settings that the speed of evolved models is judged by, in one call per device
+
+    python benchmarks/speed.py --results benchmarks/results/speed_cpu
+
+Each setting is measured as `throughput.py` does, evolved models beside their dense twins. Results are written after
+each, so the same command goes on where it was interrupted.
+"""
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from _arguments import add_device, positive_int
+from _environment import describe_environment, summarise_environment
+from _measuring import DTYPES, LATENCY_ROUNDS, measure, summarise, with_twins
+from _report import write_report
+from _results import markdown_table, results_prefix
+
+CPU_THREADS = 2
+# models, with the ratio to the dense model that is aimed at
+Targets = dict[str, float | None]
+
+
+def deit(tiny: float | None = None, small: float | None = None, base: float | None = None) -> Targets:
+    return {
+        'evo_deit_tiny_patch16_224': tiny, 'evo_deit_small_patch16_224': small, 'evo_deit_base_patch16_224': base}
+
+
+SMALL: Targets = {'evo_deit_small_patch16_224': None}
+LEVIT: Targets = {f'evo_levit_{scheme}{size}': None for size in ('128s', '256', '384') for scheme in ('', 'cls_')}
+
+
+@dataclass
+class Setting:
+    """What is measured.
+
+    Attributes:
+        models: Evolved models, their dense twins are added.
+        batch_size: Images.
+        img_size: The models' own if None.
+        dtype: Name of a dtype.
+        compile_mode: Of torch.compile, eager if None.
+        train: Training instead of inference.
+        reparam: With fused batch norms.
+    """
+    models: Targets
+    batch_size: int
+    img_size: int | None = None
+    dtype: str = 'float32'
+    compile_mode: str | None = None
+    train: bool = False
+    reparam: bool = False
+
+
+# The weights of DeiT are random, so its models of 224 pixels, which come in all three sizes, are measured at 384, too.
+SETTINGS = {
+    'cpu': {
+        'deit-224': Setting(deit(1.65, 1.62, 1.55), 16),
+        'deit-384': Setting(deit(1.70, 1.68, 1.62), 4, img_size=384),
+        'deit-latency': Setting(deit(), 1),
+        'deit-train': Setting(SMALL, 16, train=True),
+        'levit': Setting(LEVIT, 32),
+        'levit-fused': Setting(LEVIT, 32, reparam=True),
+        'levit-latency': Setting(LEVIT, 1),
+    },
+    'cuda': {
+        'deit-224-compiled': Setting(deit(1.45, 1.52, 1.55), 256, dtype='bfloat16', compile_mode='default'),
+        'deit-384-compiled': Setting(deit(1.60, 1.60, 1.58), 64, 384, dtype='bfloat16', compile_mode='default'),
+        'deit-224': Setting(deit(), 256, dtype='bfloat16'),
+        'deit-384': Setting(deit(), 64, img_size=384, dtype='bfloat16'),
+        'deit-latency': Setting(deit(), 1, dtype='bfloat16'),
+        'deit-latency-graphs': Setting(deit(), 1, dtype='bfloat16', compile_mode='reduce-overhead'),
+        'deit-train': Setting(SMALL, 256, dtype='bfloat16', train=True),
+        'levit-bfloat16': Setting(LEVIT, 256, dtype='bfloat16'),
+        'levit-float16': Setting(LEVIT, 256, dtype='float16'),
+        'levit-bfloat16-compiled': Setting(LEVIT, 256, dtype='bfloat16', compile_mode='default'),
+        'levit-float16-compiled': Setting(LEVIT, 256, dtype='float16', compile_mode='default'),
+    },
+}
+
+
+def measure_setting(setting: Setting, device: torch.device, rounds: int) -> dict:
+    """What was measured, with what, and the summary of each model."""
+    if setting.batch_size == 1:
+        rounds *= LATENCY_ROUNDS
+    variants = with_twins(list(setting.models), setting.img_size)
+    results = measure(
+        variants,
+        rounds=rounds,
+        device=device,
+        dtype=DTYPES[setting.dtype],
+        batch_size=setting.batch_size,
+        train=setting.train,
+        compile_mode=setting.compile_mode,
+        reparam=setting.reparam,
+    )
+    summary = summarise(variants, results, setting.batch_size)
+    for label, row in summary.items():
+        row['target_ratio_to_dense'] = setting.models.get(label)
+    return {
+        **describe_environment(device), 'settings': {**asdict(setting), 'rounds': rounds}, 'models': summary}
+
+
+def format_text(records: dict[str, dict]) -> str:
+    """A table of all settings, and what each is."""
+    header = [
+        'setting', 'model', 'img/s', 'ms/batch', 'ratio to dense', 'target', 'FLOP limit', 'reached', 'memory (MB)',
+        'ratio to dense']
+    lines = []
+    for name, record in records.items():
+        for label, row in record['models'].items():
+            target = row['target_ratio_to_dense']
+            lines.append([
+                name,
+                label,
+                f'{row["images_per_second"]:.1f}',
+                f'{1000 * row["seconds_per_batch"]["median"]:.2f}',
+                f'{row["ratio_to_dense"]:.2f} x',
+                '' if target is None else f'{target:.2f} x',
+                f'{row["flop_ratio_to_dense"]:.2f} x',
+                f'{row["flop_limit_share"]:.0%}',
+                f'{row["peak_memory_mb"]:.0f}',
+                f'{row["memory_ratio_to_dense"]:.2f} x',
+            ])
+    notes = [f'* {name}: {format_setting(record)}\n' for name, record in records.items()]
+    return f'{markdown_table(header, lines)}\n{"".join(notes)}'
+
+
+def format_setting(record: dict) -> str:
+    settings = record['settings']
+    parts = [
+        'training' if settings['train'] else 'inference',
+        settings['dtype'],
+        f'batch {settings["batch_size"]}',
+        f'{settings["img_size"]} pixels' if settings['img_size'] else '',
+        f'compiled ({settings["compile_mode"]})' if settings['compile_mode'] else 'eager',
+        'fused batch norms' if settings['reparam'] else '',
+        f'median of {settings["rounds"]} rounds',
+    ]
+    return f'{", ".join(part for part in parts if part)}; {summarise_environment(record)}'
+
+
+def read_records(file: Path, device: torch.device) -> dict[str, dict]:
+    """Settings that have been measured before; refused if that was with another machine or other versions."""
+    if not file.exists():
+        return {}
+    try:
+        records = json.loads(file.read_text())['settings']
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f'--results: {file} is not a file of this script: {error!r}') from error
+    now = describe_environment(device)
+    for name, record in records.items():
+        for key in ('machine', 'versions'):
+            if record[key] != now[key]:
+                raise SystemExit(
+                    f'--results: {file} has {name} with {key} {record[key]}, now it is {now[key]}, take another PREFIX')
+    return records
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='All settings that the speed of evolved models is judged by.')
+    add_device(parser)
+    names = [f'{device}: {", ".join(settings)}' for device, settings in SETTINGS.items()]
+    parser.add_argument(
+        '--settings', nargs='+', metavar='NAME', help=f'only these (default: all of the device); {"; ".join(names)}')
+    parser.add_argument('--rounds', type=positive_int, default=9, metavar='N', help='timed rounds (default: 9)')
+    parser.add_argument(
+        '--threads', type=positive_int, metavar='N', help=f'CPU threads (default: {CPU_THREADS}, on CUDA all)')
+    parser.add_argument('--again', action='store_true', help='measure what PREFIX.json has already, too')
+    parser.add_argument(
+        '--results', type=results_prefix, required=True, metavar='PREFIX', help='write PREFIX.json and PREFIX.md')
+    args = parser.parse_args()
+    known = SETTINGS[args.device.type]
+    args.settings = list(known) if args.settings is None else args.settings
+    unknown = [name for name in args.settings if name not in known]
+    if unknown:
+        parser.error(f'--settings: {args.device.type} has no {", ".join(unknown)}, only {", ".join(known)}')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads is not None or args.device.type == 'cpu':
+        torch.set_num_threads(args.threads or CPU_THREADS)
+    records = read_records(args.results.with_name(args.results.name + '.json'), args.device)
+    failed = []
+    for i, name in enumerate(args.settings):
+        print(f'{i + 1} of {len(args.settings)}: {name}')
+        if name in records and not args.again:
+            print('    measured before')
+            continue
+        try:
+            record = measure_setting(SETTINGS[args.device.type][name], args.device, args.rounds)
+        except KeyboardInterrupt:
+            raise SystemExit('\ninterrupted; the same command goes on from here') from None
+        except RuntimeError as error:  # out of memory, or what torch.compile cannot do: the others shall run
+            failed.append(f'{name}: {type(error).__name__}: {error}')
+            continue
+        records[name] = record
+        records = {name: records[name] for name in SETTINGS[args.device.type] if name in records}
+        write_report(args.results, format_text(records), {'settings': records})
+    print(f'\n{format_text(records)}')
+    if failed:
+        raise SystemExit('\n'.join(['these have failed:', *failed]))
+
+
+if __name__ == '__main__':
+    main()
