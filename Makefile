@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # the oldest timm of the range in setup.cfg
 OLDEST_TIMM := 1.0.13
-OLDEST_TESTS := faithful method short_block levit layer_to_stage timm_api errors
+OLDEST_TESTS := faithful method short_block levit layer_to_stage every_vit timm_api errors
 # the models that `make timm-suite` runs timm's own tests over, and those of `make test`
-MODELS ?= evo_* deit_*patch16_224 deit_base*_patch16_384 levit_128s levit_128 levit_192 levit_256 levit_384 test_vit
-FEW_MODELS := evo_test_vit evo_deit_tiny_patch16_224 evo_deit_tiny_distilled_patch16_224 evo_levit_128s evo_levit_cls_128s
+MODELS ?= evo_* aimv2_* beit3_* deit* eva_large_patch14_* levit_128s levit_128 levit_192 levit_256 levit_384 test_vit* vit_*
+FEW_MODELS := evo_test_vit evo_test_vit2 evo_test_vit3 evo_deit_tiny_patch16_224 evo_deit_tiny_distilled_patch16_224 evo_levit_128s evo_levit_cls_128s
 
 .PHONY: demo test lint tests tests-oldest-timm timm-suite few-of-timm-suite clean
 
