@@ -10,7 +10,7 @@ from timm.models import VisionTransformer, get_arch_pretrained_cfgs
 from torch import nn
 
 import timm_evo
-from timm_evo import EvoVisionTransformer, evolve, restore
+from timm_evo import EvoVisionTransformer, evolve, hub, restore
 from timm_evo.schedule import make_schedule, segments
 
 # One name of each family. Their widths and depths are cut down, what else makes them up is as registered.
@@ -46,6 +46,10 @@ def images(model: nn.Module, batch_size: int = 2) -> torch.Tensor:
     return torch.randn(batch_size, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
 
 
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.)
+
+
 @pytest.fixture(params=FAMILIES)
 def dense(request):
     if request.param not in timm.list_models():
@@ -54,6 +58,28 @@ def dense(request):
 
 
 # Registered twins
+
+
+def test_twins_are_built_as_timm_builds_the_dense_models(monkeypatch):
+    """Filters of checkpoints, strictness of loading and features, which timm chooses by names."""
+    class Built(Exception):
+        pass
+
+    def build(*args, pretrained_filter_fn=None, pretrained_strict=True, feature_cfg=None, **kwargs):
+        function = getattr(pretrained_filter_fn, 'func', pretrained_filter_fn)
+        raise Built(function, getattr(pretrained_filter_fn, 'keywords', {}), pretrained_strict, feature_cfg)
+
+    for module in ('timm.models.vision_transformer', 'timm.models.deit', 'timm.models.levit', 'timm_evo.entrypoints'):
+        monkeypatch.setattr(f'{module}.build_model_with_cfg', build)
+    for name in REGISTERED:
+        if 'levit' in name:
+            continue  # timm leaves the features of LeViT to its own arguments
+        how = []
+        for model in (name, name.removeprefix('evo_')):
+            with pytest.raises(Built) as built:
+                timm.create_model(model)
+            how.append(built.value.args)
+        assert how[0] == how[1], name
 
 
 def test_all_families_are_registered():
@@ -153,6 +179,18 @@ def test_restoring_takes_class_head_and_count_away():
     model = evolve(dense, class_head=True, layerwise_updates=5)
     assert {'head_cls.weight', 'num_updates'} <= model.state_dict().keys() - keys
     assert restore(model).state_dict().keys() == keys
+    sgd(model).step()  # nobody counts any more
+
+
+def test_a_refused_model_is_left_as_it_was():
+    dense = create('vit_tiny_patch16_224')
+    keys, attributes = dense.state_dict().keys(), set(vars(dense))
+    for _ in range(2):
+        with pytest.raises(ValueError, match='class_head=True is not allowed'):
+            evolve(dense, layerwise_updates=3, class_head=True)
+        assert type(dense) is VisionTransformer
+        assert dense.state_dict().keys() == keys and set(vars(dense)) == attributes
+        sgd(dense).step()
 
 
 @pytest.mark.parametrize('device, dtype', [('cpu', torch.float64), ('meta', torch.float32)])
@@ -177,6 +215,11 @@ class OwnHead(VisionTransformer):
         return self.head(x.mean(dim=1))  # reads all tokens, whatever global_pool says
 
 
+class OwnPool(VisionTransformer):
+    def pool(self, x, pool_type=None):
+        return x[:, 1:].amax(dim=1)
+
+
 class OwnForward(VisionTransformer):
     def forward_features(self, x):
         return 2 * super().forward_features(x)
@@ -185,7 +228,7 @@ class OwnForward(VisionTransformer):
 SMALL = dict(img_size=48, patch_size=8, embed_dim=48, num_heads=3, depth=6, num_classes=5)
 
 
-@pytest.mark.parametrize('dense_cls', [Wider, OwnHead])
+@pytest.mark.parametrize('dense_cls', [Wider, OwnHead, OwnPool])
 def test_subclasses_keep_what_they_change(dense_cls):
     dense = dense_cls(**SMALL).eval()
     x = images(dense)
@@ -231,13 +274,54 @@ def test_a_refused_change_leaves_the_model_as_it_was(arguments, error, message):
 
 def test_counting_goes_on_after_a_change():
     model = evolve(create('vit_tiny_patch16_224'), layerwise_updates=3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.)
+    optimizer = sgd(model)
     optimizer.step()
     optimizer.step()
     model.set_evolution(keep_ratio=0.7)
     assert model.num_updates == 2 and model.schedule.keep_ratio == [0, 0, 0.7, 0.7, 0.7, 0.7]
     optimizer.step()
     assert model.num_updates == 3 and model.schedule.keep_ratio == [0, 0, 0.7, 0, 0.7, 0]
+
+
+def test_counting_begins_and_ends_with_a_change():
+    model = evolve(create('vit_tiny_patch16_224'))
+    optimizer = sgd(model)
+    for _ in range(2):
+        model.set_evolution(layerwise_updates=1)
+        assert model.schedule.keep_ratio == [0, 0, 0.5, 0.5, 0.5, 0.5]
+        optimizer.step()
+        assert model.num_updates == 1 and model.schedule.keep_ratio == [0, 0, 0.5, 0, 0.5, 0]
+        model.set_evolution(layerwise_updates=0)
+        optimizer.step()
+        assert model.num_updates is None
+
+
+def test_a_model_that_has_lost_its_last_blocks_keeps_its_segments():
+    model = timm.create_model(
+        'evo_vit_tiny_patch16_224', img_size=48, patch_size=8, features_only=True, out_indices=(3, 7)).eval()
+    assert model.model.schedule.keep_ratio == [0, 0, 0, 0, 0.5, 0, 0, 0]
+    model.model.set_evolution(fast_update=False, keep_ratio=[0.5, 0.4])
+    assert model.model.schedule.keep_ratio == [0, 0, 0, 0, 0.5, 0, 0, 0]
+
+
+def test_a_saved_model_has_the_arguments_as_they_were_set(tmp_path):
+    model = timm.create_model('evo_test_vit', img_size=48).eval()
+    if not hasattr(model, '_model_args'):
+        pytest.skip(f'timm {timm.__version__} does not note the arguments of its models')
+    model.set_evolution(keep_ratio=0.7)
+    hub.save(model, tmp_path / 'model')
+    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    assert torch.equal(loaded(images(model)), model(images(model)))
+
+
+def test_a_model_that_would_be_dense_again_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match='evolve has made of test_vit would be loaded as dense'):
+        hub.save(evolve(timm.create_model('test_vit')), tmp_path / 'model')
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_of_a_model_with_attention_pooling():
+    assert 'GMACs' in hub.model_card(timm.create_model('evo_test_vit3'), 'name')['details']['Model Stats']
 
 
 def test_a_compiled_model_is_compiled_once_more():
@@ -267,10 +351,11 @@ def test_a_compiled_model_is_compiled_once_more():
 ])
 def test_refused_by_name_with_the_reason(name, reason):
     model = timm.create_model(name)
-    attributes = set(vars(model))
+    attributes, keys = set(vars(model)), model.state_dict().keys()
     with pytest.raises(TypeError, match=reason):
         evolve(model)
-    assert set(vars(model)) == attributes and 'Evo' not in type(model).__name__
+    assert set(vars(model)) == attributes and model.state_dict().keys() == keys
+    assert 'Evo' not in type(model).__name__
 
 
 def test_other_refusals():

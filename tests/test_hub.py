@@ -255,7 +255,8 @@ def test_weights_are_cached_where_the_environment_says(hub, client, served, dens
 def test_every_tag_asks_for_the_weights_of_its_dense_twin(hub, client, tmp_path):
     names = client.call(pretrained_names)
     assert len(names) >= 14 and 'evo_deit_small_patch16_224.fb_in1k' in names
-    for name in names:
+    # more families would take their time, and their configurations are compared in test_every_vit.py
+    for name in [name for name in names if name.startswith(('evo_deit_', 'evo_levit_', 'evo_test_vit.'))]:
         repo_id = f'timm/{name.removeprefix("evo_")}'
         assert timm.get_pretrained_cfg(name.removeprefix('evo_')).hf_hub_id == repo_id
         hub.log.clear()

@@ -74,8 +74,8 @@ def _create(variant: str, dense: str, family: _Family, pretrained: bool = False,
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     if pretrained and not cfg.has_weights and not cfg.state_dict:
         raise RuntimeError(
-            f'pretrained=True is not allowed for {variant}, the Hugging Face Hub has no weights of it. A checkpoint of '
-            'the authors can be converted with timm_evo.checkpoints.from_official.')
+            f'pretrained=True is not allowed for {variant}, the Hugging Face Hub has no weights of it. Checkpoints of '
+            "the authors' DeiT and LeViT are converted by timm-evo convert.")
     out_indices = kwargs.pop('out_indices', family.out_indices)
     with download.checked_weights(variant, cfg, kwargs.get('cache_dir')) if pretrained else nullcontext():
         return build_model_with_cfg(
@@ -125,7 +125,7 @@ _VIT_MODULES = {
     'deit': (_DEIT, []),
     'vision_transformer': (_VIT, [
         '*_18x2_*', '*_xp_*', 'vit_pwee_*', 'vit_d*wee_*', 'vit_dlittle_*', '*_rpn_*',
-        'flexivit_*', '*_siglip_*', '*_radio_*',
+        '*flexi*', '*siglip*', '*radio*',
     ]),
 }
 for _module, (_family, _without) in _VIT_MODULES.items():

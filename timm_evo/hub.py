@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from timm.models._hub import generate_readme, push_to_hf_hub, save_for_hf
 from torch import nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -84,8 +85,10 @@ def save(
         The folder.
 
     Raises:
+        ValueError: The model was dense when it was created, and would be so again.
         FileExistsError: The folder is there and `force` is not set, or has other files in it.
     """
+    _check_name(model)
     folder = Path(folder).absolute()
     check_free(folder, force)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +127,11 @@ def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = Non
 
     Returns:
         The commit, which `hf-hub:user/name@commit` loads.
+
+    Raises:
+        ValueError: The model was dense when it was created, and would be so again.
     """
+    _check_name(model)
     return push_to_hf_hub(
         model,
         repo_id,
@@ -132,6 +139,14 @@ def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = Non
         model_args=model_args,
         safe_serialization=True,
     ).oid
+
+
+def _check_name(model: nn.Module) -> None:
+    name = model.pretrained_cfg['architecture']
+    if not name.startswith('evo_'):
+        raise ValueError(
+            f'A model that evolve has made of {name} would be loaded as dense as it was created. Save it as {name}, or '
+            f'create evo_{name}, if that is registered, and load the weights into it.')
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -145,9 +160,10 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
 def _count_gmacs(model: nn.Module) -> float:
     """Multiply-accumulates of one image, in billions."""
     training = model.training
-    weight = next(model.parameters())
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}  # the counter minds some that train
+    images = next(model.parameters()).new_zeros(1, *_input_size(model))
     # an older counter does not know fused attention on a CPU
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.eval()(weight.new_zeros(1, *_input_size(model)))
+        functional_call(model.eval(), weights, images)
     model.train(training)
     return counter.get_total_flops() / 2e9

@@ -21,14 +21,26 @@ __all__ = ['LayerToStage']
 
 
 class _UpdateCounter:
-    """Tells models of each update by an optimizer; there is one for the process."""
+    """Tells models of each update of their weights; there is one for the process.
+
+    Attributes:
+        models: Those that count, and the weights (`id`) that the last update of each has changed so far.
+        num_counted: Updates of any of them.
+        counted_before: `num_counted` when an optimizer began its step.
+    """
 
     def __init__(self) -> None:
-        self.models: weakref.WeakSet[LayerToStage] = weakref.WeakSet()
+        self.models: weakref.WeakKeyDictionary[LayerToStage, set[int]] = weakref.WeakKeyDictionary()
         self.num_counted = 0
         self.counted_before: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         register_optimizer_step_pre_hook(self._begin_step)
         register_optimizer_step_post_hook(self._end_step)
+
+    def add(self, model: 'LayerToStage') -> None:
+        self.models[model] = set()
+
+    def remove(self, model: 'LayerToStage') -> None:
+        self.models.pop(model, None)
 
     def _begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self.counted_before[optimizer] = self.num_counted
@@ -36,16 +48,28 @@ class _UpdateCounter:
     def _end_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if self.counted_before.get(optimizer) != self.num_counted:
             return  # it wraps another optimizer, whose step has been counted
-        found_inf = getattr(optimizer, 'found_inf', None)
-        if found_inf is not None and found_inf.item():
-            return  # a gradient scaler leaves it to a fused optimizer to skip the step
-        updated = {id(weight) for group in optimizer.param_groups for weight in group['params']}
-        self.num_counted += any([model._count_update(updated) for model in self.models])
+        weights = {id(weight) for group in optimizer.param_groups for weight in group['params']}
+        for model, updated in self.models.items():
+            own = weights.intersection(map(id, model.parameters()))
+            if not own or _is_skipped(optimizer):
+                continue
+            # several optimizers, each for its weights, make one update together; weights change again in the next one
+            if not updated or own & updated:
+                updated.clear()
+                model._count_update()
+                self.num_counted += 1
+            updated |= own
 
 
 @functools.cache
 def _update_counter() -> _UpdateCounter:
     return _UpdateCounter()  # where no model needs it, no optimizer is looked at
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a step changes nothing because of infinite gradients; a scaler leaves that to a fused optimizer."""
+    found_inf = getattr(optimizer, 'found_inf', None)
+    return found_inf is not None and bool(found_inf.item())
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -62,20 +86,24 @@ class LayerToStage:
     """
 
     def _init_schedule(self, schedule: Schedule, layerwise_updates: int) -> None:
-        """Set the schedule, and for how many updates a layer-wise one precedes it."""
+        """Set the schedule, and for how many updates a layer-wise one precedes it; a count that is there goes on."""
         self.layerwise_updates = layerwise_updates
         self._stagewise = schedule
         self._layerwise = make_layerwise(schedule) if layerwise_updates else schedule
         if not layerwise_updates:
+            self._stop_counting()
             self.register_buffer('num_updates', None)
-        elif getattr(self, 'num_updates', None) is None:  # or else the schedule has been changed, and counting goes on
+        elif getattr(self, 'num_updates', None) is None:
             device = next(self.parameters()).device
             self.register_buffer('num_updates', torch.zeros((), dtype=torch.long, device=device))
-            self._counted: str | None = None  # the weight whose updates count
-            _update_counter().models.add(self)
-        self.schedule: Schedule | None = None
+            _update_counter().add(self)
+        self.schedule: Schedule | None = None  # the one in force
         self._set_count(0)
         self._read_count()
+
+    def _stop_counting(self) -> None:
+        if getattr(self, 'num_updates', None) is not None:
+            _update_counter().remove(self)
 
     def _set_schedule(self, schedule: Schedule) -> None:
         """Take a schedule, for a model that hands its parts on to extend."""
@@ -96,31 +124,19 @@ class LayerToStage:
             self._set_schedule(schedule)
 
     @torch.no_grad()
-    def _count_update(self, updated: set[int]) -> bool:
-        """Count an update.
-
-        Args:
-            updated: `id` of each weight that it was made to.
-
-        Returns:
-            Whether they are this model's, so that it counts.
-        """
-        weights = dict(self.named_parameters())
-        if self._counted not in weights:
-            # one of them, and the same from then on: an update by several optimizers, each for its weights, counts once
-            self._counted = next((name for name in reversed(weights) if id(weights[name]) in updated), None)
-        if self._counted is None or id(weights[self._counted]) not in updated:
-            return False
+    def _count_update(self) -> None:
         self.num_updates += 1
         self._set_count(self._count + 1)
-        return True
 
     def _read_count(self) -> None:
         if self.num_updates is not None and self.num_updates.device.type != 'meta':
             self._set_count(int(self.num_updates))
 
     def _follow_count(self) -> None:
-        """Take the schedule that goes with the buffer, if something has written to it, as averaging of weights does."""
+        """Take the schedule that goes with the buffer, if something has written to it, as averaging of weights does.
+
+        For inference that is not compiled; what is compiled looks at the buffer when its mode is set.
+        """
         if self.num_updates is None or torch.compiler.is_compiling():
             return
         if self.training:  # what writes to it besides the count itself is a broadcast between ranks, of the same
@@ -139,11 +155,11 @@ class LayerToStage:
         if self.num_updates is None:
             state_dict.pop(key, None)
         else:
-            state_dict.setdefault(key, self.num_updates)
+            state_dict.setdefault(key, torch.tensor(self._count))  # not the buffer, which may have no value yet
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._read_count()
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)  # a copy, or from a file
         if self.num_updates is not None:
-            _update_counter().models.add(self)
+            _update_counter().add(self)

@@ -363,7 +363,7 @@ class EvoLevit(LayerToStage, LevitDistilled):
             raise ValueError(f'tradeoff={tradeoff!r} is not allowed with learn_tradeoff=True, it must be in (0, 1).')
         self.fast_update = fast_update
         self.num_prefix_tokens = 1 if class_token else 0
-        self._check_selection(schedule)
+        self._check_slow_tokens(schedule)
 
         self.cls_token = self.pos_embed = None
         if class_token:
@@ -407,7 +407,7 @@ class EvoLevit(LayerToStage, LevitDistilled):
                 f'a grid of {" x ".join(str(size // stride) for size in img_size)}, the stem would give another.')
         self.img_size = img_size
 
-    def _check_selection(self, schedule: Schedule) -> None:
+    def _check_slow_tokens(self, schedule: Schedule) -> None:
         """Refuse a keep ratio that leaves no slow token in a stage."""
         for attn, ratio in zip(self._attentions(), schedule.keep_ratio, strict=True):
             num_patches = attn.attention_bias_idxs.shape[1]
@@ -448,8 +448,8 @@ class EvoLevit(LayerToStage, LevitDistilled):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay: position embeddings in whatever form, and the class token."""
-        names = ('attention_biases', 'pos_embed', 'cls_token')
+        """Parameters without weight decay: position embeddings in whatever form, class token, learned trade-offs."""
+        names = ('attention_biases', 'pos_embed', 'cls_token', 'learn_tradeoff')
         return {name for name, _ in self.named_parameters() if name.endswith(names)}
 
     @torch.jit.ignore

@@ -7,7 +7,7 @@ through a block.
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import evolution, short_block
 from .arguments import split_arguments
 from .layer_to_stage import LayerToStage
-from .schedule import Schedule, check_layerwise_updates, make_schedule
+from .schedule import Schedule, check_layerwise_updates, cut_schedule, make_schedule
 
 __all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve', 'restore']
 
@@ -89,16 +89,13 @@ class TokenEvolution(LayerToStage):
                     f'{type(block).__name__} with {type(getattr(block, "attn", None)).__name__} cannot be evolved: '
                     'class attention is computed beside a block, from its `norm1` and the `qkv` of its `attn`, and '
                     "only timm's Block with Attention is known to have them so.")
-        dense = self._attribute_names()
+        dense = _attribute_names(self)
+        self._depth = len(self.blocks)  # of the schedule; pruning leaves fewer blocks
         self.qk_norm = any(not isinstance(block.attn.q_norm, nn.Identity) for block in self.blocks)
         self._set_evolution(
             keep_ratio, start_block, stage_depth, selection, tradeoff, fast_update, layerwise_updates)
         self._init_class_head(class_head)
-        self._added: list[str] = []
-        self._added += self._attribute_names() - dense
-
-    def _attribute_names(self) -> set[str]:
-        return {*vars(self), *self._modules, *self._buffers, *self._parameters}
+        self._added = sorted({*_attribute_names(self), '_added'} - dense)  # what `restore` takes away
 
     def set_evolution(self, **arguments) -> None:
         """Change arguments of evolution at run time. A compiled model is compiled once more.
@@ -114,6 +111,8 @@ class TokenEvolution(LayerToStage):
         if unknown:
             raise TypeError(f'{unknown[0]} cannot be set, only {", ".join(self.evolution)} can.')
         self._set_evolution(**self.evolution | arguments)
+        if hasattr(self, '_model_args'):  # where a newer timm notes what it saves a model with
+            self._model_args = self._model_args | arguments
 
     def _set_evolution(
             self,
@@ -126,8 +125,9 @@ class TokenEvolution(LayerToStage):
             layerwise_updates: int,
     ) -> None:
         check_layerwise_updates(layerwise_updates, selection)
-        schedule = make_schedule(len(self.blocks), keep_ratio, start_block, stage_depth, selection, tradeoff)
-        self._check_selection(schedule, self.patch_embed.num_patches)
+        schedule = make_schedule(self._depth, keep_ratio, start_block, stage_depth, selection, tradeoff)
+        schedule = cut_schedule(schedule, len(self.blocks))
+        self._check_slow_tokens(schedule, self.patch_embed.num_patches)
         self.fast_update = fast_update
         self.evolution = dict(
             keep_ratio=keep_ratio, start_block=start_block, stage_depth=stage_depth, selection=selection,
@@ -139,7 +139,7 @@ class TokenEvolution(LayerToStage):
             raise ValueError(f'class_head=True is not allowed, {type(self).__name__} has no patch-mean head beside it.')
 
     @staticmethod
-    def _check_selection(schedule: Schedule, num_patches: int) -> None:
+    def _check_slow_tokens(schedule: Schedule, num_patches: int) -> None:
         """Refuse a keep ratio that leaves no slow token."""
         for ratio in schedule.keep_ratio:
             if ratio > 0 and int(ratio * num_patches) < 1:
@@ -154,7 +154,7 @@ class TokenEvolution(LayerToStage):
     ) -> None:
         """Update the input image resolution and patch size, as timm's."""
         sizes = to_2tuple(img_size or self.patch_embed.img_size), to_2tuple(patch_size or self.patch_embed.patch_size)
-        self._check_selection(self.schedule, math.prod(size // patch for size, patch in zip(*sizes, strict=True)))
+        self._check_slow_tokens(self.schedule, math.prod(size // patch for size, patch in zip(*sizes, strict=True)))
         super().set_input_size(img_size=img_size, patch_size=patch_size)
 
     def prune_intermediate_layers(
@@ -420,8 +420,10 @@ def _evolved_class(dense_cls: type[VisionTransformer]) -> type[TokenEvolution]:
         if dense_cls is _dense_class(base):
             return base
     for base in (EvoVisionTransformerDistilled, EvoVisionTransformer):
+        timm_cls = _dense_class(base)
         # what the head reads is known of timm's own heads
-        if issubclass(dense_cls, _dense_class(base)) and dense_cls.forward_head is _dense_class(base).forward_head:
+        is_known = dense_cls.forward_head is timm_cls.forward_head and dense_cls.pool is timm_cls.pool
+        if issubclass(dense_cls, timm_cls) and is_known:
             break
     else:
         base = TokenEvolution
@@ -478,14 +480,12 @@ def evolve(model: VisionTransformer, **evolution_args) -> TokenEvolution:
     """
     _check_class(model)
     dense_cls = type(model)
-    before = dict(vars(model))
+    dense = _attribute_names(model)
     model.__class__ = _evolved_class(dense_cls)
     try:
         model.init_evolution(**evolution_args)
-    except (TypeError, ValueError):
-        model.__class__ = dense_cls
-        for name in vars(model).keys() - before.keys():
-            delattr(model, name)
+    except BaseException:
+        _take_away(model, _attribute_names(model) - dense)
         raise
     return model
 
@@ -504,8 +504,17 @@ def restore(model: TokenEvolution) -> VisionTransformer:
     """
     if not isinstance(model, TokenEvolution):
         raise TypeError(f'{type(model).__name__} is not evolved, there is nothing to restore.')
-    added = model._added
-    model.__class__ = _dense_class(type(model))
-    for name in added:
-        delattr(model, name)
+    _take_away(model, model._added)
     return model
+
+
+def _attribute_names(model: nn.Module) -> set[str]:
+    return {*vars(model), *model._modules, *model._buffers, *model._parameters}
+
+
+def _take_away(model: TokenEvolution, names: Iterable[str]) -> None:
+    """Make a model dense again that has got these attributes by evolution."""
+    model._stop_counting()
+    model.__class__ = _dense_class(type(model))
+    for name in names:
+        delattr(model, name)
