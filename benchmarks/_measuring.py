@@ -14,6 +14,7 @@ import torch
 from timm.layers import to_2tuple
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
@@ -103,9 +104,10 @@ def build_model(
 @torch.no_grad()  # in inference mode, an older counter sees no linear layer
 def measure_cost(model: nn.Module, image: Tensor) -> dict[str, float]:
     """Multiply-accumulates of one image, and parameters."""
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}  # the counter minds some that train
     # an older counter does not know fused attention on a CPU
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(image)
+        functional_call(model, weights, image)
     return {
         'gmacs': counter.get_total_flops() / 2e9,
         'params': sum(p.numel() for p in model.parameters()),
@@ -120,11 +122,20 @@ class Step:
         batch: Images.
         train: Whether to train with AdamW.
         compile_mode: One of `COMPILE_MODES`, not compiled if None.
+        autocast: What to compute in, as mixed precision does, that of the weights if None.
     """
 
-    def __init__(self, model: nn.Module, batch: Tensor, train: bool, compile_mode: str | None) -> None:
+    def __init__(
+            self,
+            model: nn.Module,
+            batch: Tensor,
+            train: bool,
+            compile_mode: str | None,
+            autocast: torch.dtype | None,
+    ) -> None:
         self.model = model.train(train)
         self.batch = batch
+        self.autocast = torch.autocast(batch.device.type, dtype=autocast, enabled=autocast is not None)
         self.optimizer = torch.optim.AdamW(model.parameters()) if train else None
         self.compile_mode = compile_mode
         if compile_mode is None:
@@ -139,12 +150,14 @@ class Step:
             # CUDA graphs would take the next model for the rest of this step, and keep this one's outputs for it
             torch.compiler.cudagraph_mark_step_begin()
         if self.optimizer is None:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.autocast:
                 self.forward(self.batch)
             return
-        logits = self.forward(self.batch)
-        targets = torch.randint(logits.shape[1], (len(self.batch),), device=self.batch.device)
-        cross_entropy(logits, targets).backward()
+        with self.autocast:
+            logits = self.forward(self.batch)
+            targets = torch.randint(logits.shape[1], (len(self.batch),), device=self.batch.device)
+            loss = cross_entropy(logits, targets)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()  # at the end, so that no gradient waits, in memory, for the model's next turn
 
@@ -202,6 +215,7 @@ def prepare(
         device: torch.device,
         dtype: torch.dtype,
         batch_size: int,
+        autocast: torch.dtype | None = None,
         train: bool = False,
         compile_mode: str | None = None,
         channels_last: bool = False,
@@ -213,6 +227,7 @@ def prepare(
         variants: What to run.
         device: Where.
         dtype: Of weights and images.
+        autocast: What to compute in, as mixed precision does, that of the weights if None.
         batch_size: Images per step.
         train: Whether a step trains.
         compile_mode: One of `COMPILE_MODES`, not compiled if None.
@@ -236,7 +251,7 @@ def prepare(
         if image.shape not in batches:
             batch = torch.randn(batch_size, *image.shape[1:], device=device, dtype=dtype)
             batches[image.shape] = batch.contiguous(memory_format=memory_format)
-        steps[variant.label] = Step(model, batches[image.shape], train, compile_mode)
+        steps[variant.label] = Step(model, batches[image.shape], train, compile_mode, autocast)
     return steps, costs
 
 

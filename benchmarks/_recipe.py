@@ -23,6 +23,8 @@ PLACES = (
     'data', 'data_dir', 'train_split', 'val_split', 'output', 'experiment', 'seed', 'device', 'workers', 'resume',
     'start_epoch', 'checkpoint_hist',
 )
+# options of train.py that tables and titles give once for all variants
+SHARED = ('epochs', 'batch_size', 'amp', 'amp_dtype')
 # options of train.py that change the number of batches in an epoch, which `layerwise_share` counts
 OTHER_BATCHES = ('dataset', 'epoch_repeats', 'train_batches_per_epoch', 'train_img_sizes', 'naflex_loader')
 
@@ -97,6 +99,9 @@ def read_recipe(path: Path, seeds: list[int] | None, epochs: int | None) -> list
         entry = Entry(label, options, seeds or own_seeds, options.pop('layerwise_share', 0))
         _check(entry)
         entries.append(entry)
+    for option in SHARED:
+        if len({str(entry.options.get(option)) for entry in entries}) > 1:
+            raise SystemExit(f'{path}: {option} must be the same for all variants, which are compared with each other')
     return entries
 
 

@@ -43,12 +43,14 @@ def write_results(prefix: Path, title: str, table: str, record: dict, figure: Fi
         prefix: What comes before the suffixes.
         title: Of table and plot.
         table: Markdown.
-        record: What goes to JSON beside the environment; its `settings` have `device`, `dtype` and `batch_size`.
+        record: What goes to JSON beside the environment; its `settings` have `device`, `dtype`, maybe `autocast`, and
+            `batch_size`.
         figure: The plot.
     """
     settings = record['settings']
     environment = describe_environment(torch.device(settings['device']))
-    speed = f'speed: {settings["dtype"]}, batch {settings["batch_size"]}, median of {settings["rounds"]} rounds'
+    dtype = f'autocast to {settings["autocast"]}' if settings.get('autocast') else settings['dtype']
+    speed = f'speed: {dtype}, batch {settings["batch_size"]}, median of {settings["rounds"]} rounds'
     text = f'{title}\n\n{table}\n{summarise_environment(environment)}; {speed}.\n'
     json_file, table_file, plot_file = (prefix.with_name(prefix.name + suffix) for suffix in SUFFIXES)
     with replacing(json_file) as part:

@@ -129,7 +129,9 @@ def make_variants(entries: list[Entry], script: Path) -> list[Variant]:
     def find_twin(label: str) -> str:
         model, kwargs = models[label]
         for other, (other_model, other_kwargs) in models.items():
-            if other_model == dense_twin(model) and other_kwargs.get('global_pool') == kwargs.get('global_pool'):
+            same_head = other_kwargs.get('global_pool') == kwargs.get('global_pool')
+            # the evolved one has arguments of evolution besides
+            if other_model == dense_twin(model) and same_head and other_kwargs.items() <= kwargs.items():
                 return other
         return label
 
@@ -143,7 +145,8 @@ def measure_throughput(entries: list[Entry], variants: list[Variant], settings: 
     """
     arguments = dict(
         device=torch.device(settings['device']),
-        dtype=DTYPES[settings['dtype']],
+        dtype=torch.float32,
+        autocast=DTYPES[settings['autocast']] if settings['autocast'] else None,
         batch_size=settings['batch_size'],
         rounds=settings['rounds'],
     )
@@ -327,7 +330,8 @@ def main() -> None:
         'recipe': args.recipe.name,
         'images': images,
         'device': args.device.type,
-        'dtype': options.amp_dtype if options.amp else 'float32',
+        'dtype': 'float32',
+        'autocast': options.amp_dtype if options.amp else None,
         'batch_size': options.batch_size,
         'rounds': ROUNDS,
     }

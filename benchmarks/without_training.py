@@ -51,7 +51,7 @@ def make_variants(model: str, kwargs: dict) -> tuple[list[Variant], dict[str, di
 def load_models(variants: list[Variant], checkpoint: Path, device: torch.device) -> dict[str, nn.Module]:
     """All models in evaluation mode, with the dense model's weights."""
     models = {variant.label: timm.create_model(variant.model, **variant.kwargs).eval() for variant in variants}
-    load_checkpoint(models[DENSE], str(checkpoint), weights_only=True)
+    load_checkpoint(models[DENSE], str(checkpoint), use_ema=False, weights_only=True)
     for model in models.values():
         model.load_state_dict(models[DENSE].state_dict())
         model.to(device)
@@ -191,6 +191,7 @@ def main() -> None:
         mean=config['mean'],
         std=config['std'],
         crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'],
         num_workers=args.workers,
         device=args.device,
     )
