@@ -2,7 +2,7 @@
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,16 @@ def results_prefix(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f'{text!r} is not the beginning, without {", ".join(SUFFIXES)}, of files in an existing folder')
     return path
+
+
+def add_results(parser: argparse.ArgumentParser, suffixes: Sequence[str] = SUFFIXES) -> None:
+    parser.add_argument(
+        '--results',
+        type=results_prefix,
+        required=True,
+        metavar='PREFIX',
+        help=f'write {", ".join(f"PREFIX{suffix}" for suffix in suffixes)}',
+    )
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

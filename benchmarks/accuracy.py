@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from _arguments import positive_int, timed_device
+from _arguments import add_device, positive_int
 from _measuring import DTYPES, Variant, dense_twin, measure, summarise
 from _recipe import Entry, parse_options, read_recipe
-from _results import find_validation_split, markdown_table, results_prefix, write_results
+from _results import add_results, find_validation_split, markdown_table, write_results
 from _training import Training
 from matplotlib.figure import Figure
 from timm.data import create_dataset
@@ -267,19 +267,8 @@ def parse_args() -> argparse.Namespace:
         help="folder with timm's train.py (default: the environment variable TIMM_SCRIPTS)",
     )
     parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='folder for checkpoints and logs')
-    parser.add_argument(
-        '--results',
-        type=results_prefix,
-        required=True,
-        metavar='PREFIX',
-        help='write PREFIX.json, PREFIX.md and PREFIX.png',
-    )
-    parser.add_argument(
-        '--device',
-        type=timed_device,
-        default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='cpu or cuda (default: cuda if there is one, else cpu)',
-    )
+    add_results(parser)
+    add_device(parser)
     parser.add_argument('--variants', nargs='+', metavar='LABEL', help='only these (default: all of the recipe)')
     parser.add_argument('--seeds', nargs='+', type=int, metavar='N', help="instead of the recipe's")
     parser.add_argument('--epochs', type=positive_int, metavar='N', help="instead of the recipe's")

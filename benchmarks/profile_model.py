@@ -14,7 +14,7 @@ from _arguments import add_how, add_models, choose_how, describe_how, parse_and_
 from _environment import describe_environment, summarise_environment
 from _measuring import NUM_WARMUP, Step, prepare, with_twins
 from _report import write_report
-from _results import markdown_table, results_prefix
+from _results import add_results, markdown_table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -92,8 +92,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--steps', type=positive_int, default=5, metavar='N', help='profiled steps (default: 5)')
     parser.add_argument(
         '--top', type=positive_int, default=15, metavar='N', help='operators in the tables; JSON has all (default: 15)')
-    parser.add_argument(
-        '--results', type=results_prefix, required=True, metavar='PREFIX', help='write PREFIX.json and PREFIX.md')
+    add_results(parser, ('.json', '.md'))
     return parse_and_check(parser)
 
 

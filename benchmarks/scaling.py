@@ -12,7 +12,7 @@ import torch
 from _arguments import add_how, add_models, choose_how, describe_how, parse_and_check, positive_int
 from _drawing import set_log_ticks
 from _measuring import Variant, dense_twin, measure, summarise, with_twins
-from _results import markdown_table, results_prefix, write_results
+from _results import add_results, markdown_table, write_results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -103,13 +103,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--batch-sizes', nargs='+', type=positive_int, default=[16], metavar='N', help='images (default: 16)')
     parser.add_argument('--rounds', type=positive_int, default=11, metavar='N', help='timed rounds (default: 11)')
-    parser.add_argument(
-        '--results',
-        type=results_prefix,
-        required=True,
-        metavar='PREFIX',
-        help='write PREFIX.json, PREFIX.md and PREFIX.png',
-    )
+    add_results(parser)
     args = parse_and_check(parser)
     if all(name == dense_twin(name) for name in args.models):
         parser.error('--models needs an evolved model')

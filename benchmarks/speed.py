@@ -15,7 +15,7 @@ from _arguments import add_device, positive_int
 from _environment import describe_environment, summarise_environment
 from _measuring import DTYPES, LATENCY_ROUNDS, measure, summarise, with_twins
 from _report import write_report
-from _results import markdown_table, results_prefix
+from _results import add_results, markdown_table
 
 CPU_THREADS = 2
 # models, with the ratio to the dense model that is aimed at
@@ -168,8 +168,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--threads', type=positive_int, metavar='N', help=f'CPU threads (default: {CPU_THREADS}, on CUDA all)')
     parser.add_argument('--again', action='store_true', help='measure what PREFIX.json has already, too')
-    parser.add_argument(
-        '--results', type=results_prefix, required=True, metavar='PREFIX', help='write PREFIX.json and PREFIX.md')
+    add_results(parser, ('.json', '.md'))
     args = parser.parse_args()
     known = SETTINGS[args.device.type]
     args.settings = list(known) if args.settings is None else args.settings

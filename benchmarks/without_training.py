@@ -14,9 +14,9 @@ from pathlib import Path
 
 import timm
 import torch
-from _arguments import key_value, positive_int, timed_device
+from _arguments import add_device, key_value, positive_int
 from _measuring import DTYPES, Variant, measure, summarise
-from _results import find_validation_split, markdown_table, results_prefix, write_results
+from _results import add_results, find_validation_split, markdown_table, write_results
 from matplotlib.figure import Figure
 from timm.data import ImageDataset, create_dataset, create_loader, resolve_data_config
 from timm.models import load_checkpoint
@@ -128,13 +128,7 @@ def parse_args() -> argparse.Namespace:
         '--checkpoint', type=Path, required=True, metavar='FILE', help='last.pth.tar of a dense model, by train.py')
     parser.add_argument(
         '--data-dir', type=Path, required=True, metavar='DIR', help='folder with train/ and validation/, val/ or test/')
-    parser.add_argument(
-        '--results',
-        type=results_prefix,
-        required=True,
-        metavar='PREFIX',
-        help='write PREFIX.json, PREFIX.md and PREFIX.png',
-    )
+    add_results(parser)
     parser.add_argument('--model', metavar='NAME', help="dense model (default: the checkpoint's)")
     parser.add_argument(
         '--model-kwargs',
@@ -144,12 +138,7 @@ def parse_args() -> argparse.Namespace:
         metavar='KEY=VALUE',
         help="arguments of the dense model, such as img_size=32 (default: the checkpoint's)",
     )
-    parser.add_argument(
-        '--device',
-        type=timed_device,
-        default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='cpu or cuda (default: cuda if there is one, else cpu)',
-    )
+    add_device(parser)
     parser.add_argument(
         '--dtype',
         choices=DTYPES,
