@@ -101,7 +101,8 @@ def draw(results: dict[str, dict], title: str) -> Figure:
     """Top-1 against throughput, a line of keep ratios for each kind of evolution."""
     figure = Figure(figsize=(8, 5.5), layout='constrained')
     axis = figure.subplots()
-    axis.set(title=title, xlabel='inference, images/s', ylabel='top-1 (%)')
+    axis.set_title(title, fontsize='medium')  # it is long
+    axis.set(xlabel='inference, images/s', ylabel='top-1 (%)')
     axis.grid(alpha=0.3)
     dense = results[DENSE]
     axis.plot(dense['images_per_second'], dense['top1'], 'k*', markersize=14, linestyle='none', label=DENSE)

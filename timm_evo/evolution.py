@@ -116,18 +116,31 @@ def folded_attention(
 
 @torch.fx.wrap
 def folded_class_attention(
-        query_token: Tensor,
         tokens: Tensor,
+        first: int,
+        last: int,
         qkv_weight: Tensor,
         qkv_bias: Tensor | None,
         num_heads: int,
         scale: float,
 ) -> Tensor:
-    """Class attention by `folded_attention`, of one token (B, 1, C), or of a mean of tokens for their mean query.
+    """Class attention by `folded_attention`, of the mean query of some tokens.
+
+    Args:
+        tokens: Normalised tokens present (B, L, C).
+        first: The first of those that look at the others.
+        last: The one after the last of them; the class token alone is 0 to 1.
+        qkv_weight: Stacked query, key and value projections (3 * H * d, C).
+        qkv_bias: Their bias (3 * H * d,), if any.
+        num_heads: Number of heads H.
+        scale: Factor on the products.
 
     Returns:
         Attention (B, L), as `class_attention` gives it.
     """
+    query_token = tokens[:, first:last]
+    if last - first > 1:
+        query_token = query_token.mean(dim=1, keepdim=True)
     return folded_attention(query_token, tokens, qkv_weight, qkv_bias, num_heads, scale).squeeze(2).sum(dim=1)
 
 
