@@ -270,7 +270,8 @@ def test_groups_and_weight_decay(name):
         assert all('attention_biases' in n for n in skipped) and len(skipped) == 9
     else:
         embeds = {f'stages.{i}.downsample.attn_downsample.pos_embed' for i in (1, 2)}
-        assert skipped == {'cls_token', 'pos_embed'} | embeds
+        tradeoffs = {n for n, _ in model.named_parameters() if n.endswith('learn_tradeoff')}
+        assert tradeoffs and skipped == {'cls_token', 'pos_embed'} | embeds | tradeoffs
         assert groups['cls_token'] == groups['pos_embed'] == 0
 
 
@@ -396,7 +397,7 @@ def test_argument_out_of_range(arguments, message):
 
 
 def test_no_weights_of_the_published_architecture():
-    with pytest.raises(RuntimeError, match='evo_levit_cls_256, .*no weights .*from_official'):
+    with pytest.raises(RuntimeError, match='evo_levit_cls_256, .*no weights .*timm-evo convert'):
         timm.create_model('evo_levit_cls_256', pretrained=True)
 
 
