@@ -308,8 +308,7 @@ def test_checkpoints_load_strictly_with_and_without_a_schedule_over_updates(name
 
 
 def test_a_model_from_the_meta_device_begins_to_count_at_zero():
-    with torch.device('meta'):
-        model = timm.create_model('evo_deit_tiny_patch16_224', **DEIT, layerwise_updates=N)
+    model = counting().to('meta')
     assert model.num_updates.is_meta
     model.to_empty(device='cpu')
     model.num_updates.fill_(99)  # as memory may have been left
