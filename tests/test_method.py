@@ -182,7 +182,7 @@ def test_folding_the_keys_changes_nothing():
     weight, bias = torch.randn(36, 12, dtype=torch.float64), torch.randn(36, dtype=torch.float64)
     q, k = evolution.project_query_key(tokens[:, :1], tokens, weight, bias, num_heads=3)
     plain = evolution.class_attention(q.mean(2), k, scale=0.5)
-    folded = evolution.folded_class_attention(tokens, 0, 1, weight, bias, num_heads=3, scale=0.5)
+    folded = evolution.folded_class_attention(tokens, True, 1, None, weight, bias, num_heads=3, scale=0.5)
     torch.testing.assert_close(folded, plain, rtol=0, atol=1e-12)
     torch.testing.assert_close(plain.sum(1), torch.full((2,), 3., dtype=torch.float64))
 

@@ -115,21 +115,38 @@ def folded_attention(
 
 
 @torch.fx.wrap
+def query_tokens(tokens: Tensor, class_token: bool, num_prefix_tokens: int, slow: Tensor | None) -> Tensor:
+    """Tokens that look at the others: the class token (B, 1, C), or without one the patch tokens present (B, T, C).
+
+    Args:
+        tokens: Tokens present (B, L, C).
+        class_token: Whether the first token is the class token.
+        num_prefix_tokens: Number of prefix tokens P.
+        slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+    """
+    if class_token:
+        return tokens[:, :1]
+    return tokens[:, num_prefix_tokens:tokens.shape[1] if slow is None else slow.shape[1]]
+
+
+@torch.fx.wrap
 def folded_class_attention(
         tokens: Tensor,
-        first: int,
-        last: int,
+        class_token: bool,
+        num_prefix_tokens: int,
+        slow: Tensor | None,
         qkv_weight: Tensor,
         qkv_bias: Tensor | None,
         num_heads: int,
         scale: float,
 ) -> Tensor:
-    """Class attention by `folded_attention`, of the mean query of some tokens.
+    """Class attention by `folded_attention`, of the class token or of the mean query of the patch tokens.
 
     Args:
         tokens: Normalised tokens present (B, L, C).
-        first: The first of those that look at the others.
-        last: The one after the last of them; the class token alone is 0 to 1.
+        class_token: Whether the first token is the class token.
+        num_prefix_tokens: Number of prefix tokens P.
+        slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
         qkv_weight: Stacked query, key and value projections (3 * H * d, C).
         qkv_bias: Their bias (3 * H * d,), if any.
         num_heads: Number of heads H.
@@ -138,8 +155,8 @@ def folded_class_attention(
     Returns:
         Attention (B, L), as `class_attention` gives it.
     """
-    query_token = tokens[:, first:last]
-    if last - first > 1:
+    query_token = query_tokens(tokens, class_token, num_prefix_tokens, slow)
+    if not class_token:
         query_token = query_token.mean(dim=1, keepdim=True)
     return folded_attention(query_token, tokens, qkv_weight, qkv_bias, num_heads, scale).squeeze(2).sum(dim=1)
 

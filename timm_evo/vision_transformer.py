@@ -216,17 +216,15 @@ class TokenEvolution(LayerToStage):
 
             if scored[i]:
                 attn = block.attn
-                first, last = 0, 1  # who looks at the others: the class token, or the patch tokens together
-                if not self.has_class_token:
-                    first, last = num_prefix, x.shape[1] if slow is None else slow.shape[1]
                 if self.qk_norm:
                     y = block.norm1(tokens)
-                    q, k = evolution.project_query_key(
-                        y[:, first:last], y, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
+                    query = evolution.query_tokens(y, self.has_class_token, num_prefix, slow)
+                    q, k = evolution.project_query_key(query, y, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
                     attention = evolution.class_attention(attn.q_norm(q).mean(dim=2), attn.k_norm(k), attn.scale)
                 else:  # the normalised tokens get no name, which would keep them in memory while the block runs
                     attention = evolution.folded_class_attention(
-                        block.norm1(tokens), first, last, attn.qkv.weight, attn.qkv.bias, attn.num_heads, attn.scale)
+                        block.norm1(tokens), self.has_class_token, num_prefix, slow,
+                        attn.qkv.weight, attn.qkv.bias, attn.num_heads, attn.scale)
                 scores = evolution.global_class_attention(scores, attention, tradeoff[i], slow)
 
             if num_read is not None and not torch.jit.is_scripting():
