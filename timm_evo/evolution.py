@@ -110,7 +110,7 @@ def folded_attention(
     query = query.transpose(0, 1) @ key_weight.unflatten(0, (num_heads, head_dim))  # (H, B * T, C)
     query = query.view(num_heads, batch_size, num_queries, tokens.shape[2])
     query = query.transpose(0, 1).flatten(1, 2)  # (B, H * T, C)
-    attention = _softmax(query @ tokens.transpose(1, 2), scale)
+    attention = _softmax(query.bmm(tokens.transpose(1, 2)), scale)
     return attention.view(batch_size, num_heads, num_queries, tokens.shape[1])
 
 
@@ -178,7 +178,7 @@ def folded_values(attention: Tensor, tokens: Tensor, qkv_weight: Tensor, qkv_bia
         Values of all heads side by side (B, T, H * d), as they enter the output projection.
     """
     batch_size, num_heads, num_queries, _ = attention.shape
-    gathered = attention.flatten(1, 2).to(tokens.dtype) @ tokens
+    gathered = attention.flatten(1, 2).to(tokens.dtype).bmm(tokens)
     gathered = gathered.view(batch_size, num_heads, num_queries, tokens.shape[2])
     weight = qkv_weight.chunk(3)[2].unflatten(0, (num_heads, -1))  # (H, d, C)
     values = torch.einsum('bhtc,hdc->bthd', gathered, weight)
@@ -205,7 +205,8 @@ def mean_attention(attention: Tensor, class_token: bool, slow: Tensor | None) ->
     """
     num_queries = 1 if class_token else attention.shape[2] if slow is None else slow.shape[1]
     dtype = torch.float64 if attention.dtype == torch.float64 else torch.float32
-    return attention[:, :, :num_queries].mean(dim=[0, 2], dtype=dtype)
+    # one dimension at a time: both at once take eight times as long on a CPU
+    return attention[:, :, :num_queries].mean(dim=2, dtype=dtype).mean(dim=0)
 
 
 def _mix(scores: Tensor, attention: Tensor, tradeoff: float, learned: Tensor | None) -> Tensor:
@@ -247,33 +248,22 @@ def global_class_attention(
 
 
 @torch.fx.wrap
-def downsampled_class_attention(
-        scores: Tensor,
-        scores_left: Tensor,
-        attention_left: Tensor,
-        tradeoff: float,
-        num_prefix_tokens: int,
-        learned: Tensor | None = None,
-) -> Tensor:
-    """Evolve the scores by an attention that downsamples the grid.
+def downsampled_class_attention(scores: Tensor, scores_left: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Scores of the tokens that are left where an attention downsamples the grid.
 
     As in the authors' LeViT, the patch tokens that are left share the sum that all had, so the new attention keeps its
     weight against the old.
 
     Args:
-        scores: Scores so far (B, P + N).
-        scores_left: Those of the tokens that are left (B, P + M).
-        attention_left: Class attention of the tokens that are left (B, P + M).
-        tradeoff: alpha, the share of the new attention.
+        scores: Scores before that attention (B, P + N).
+        scores_left: Scores evolved by that attention, of the tokens that are left (B, P + M).
         num_prefix_tokens: Number of prefix tokens P.
-        learned: Learned trade-off (1,), whose sigmoid takes the place of `tradeoff`.
 
     Returns:
         Scores (B, P + M).
     """
-    mixed = _mix(scores_left, attention_left, tradeoff, learned)
-    sums = [a[:, num_prefix_tokens:].sum(dim=1, keepdim=True) for a in (scores, mixed)]
-    return mixed * (sums[0] / sums[1])
+    sums = [a[:, num_prefix_tokens:].sum(dim=1, keepdim=True) for a in (scores, scores_left)]
+    return scores_left * (sums[0] / sums[1])
 
 
 @torch.fx.wrap
@@ -299,7 +289,10 @@ def select_tokens(scores: Tensor, keep_ratio: float, num_prefix_tokens: int) -> 
         raise ValueError(
             f'keep_ratio={keep_ratio} of {num_patches} patch tokens leaves none on the slow path, '
             'use a larger keep_ratio or a larger image.')
-    slow = scores[:, num_prefix_tokens:].topk(num_slow, dim=1)[1] + num_prefix_tokens
+    slow = scores[:, num_prefix_tokens:].topk(num_slow, dim=1)[1]
+    if num_prefix_tokens == 0:
+        return slow
+    slow = slow + num_prefix_tokens
     prefix = torch.arange(num_prefix_tokens, device=slow.device).expand(slow.shape[0], num_prefix_tokens)
     return torch.cat([prefix, slow], dim=1)
 
@@ -321,7 +314,7 @@ def representative_token(x: Tensor, scores: Tensor, slow: Tensor) -> Tensor:
     weight = scores.scatter(1, slow, 0.)
     # a floor of about the smallest float32, because the scores of all placeholders can underflow to zero together
     weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-37)
-    return weight.unsqueeze(1).to(x.dtype) @ x
+    return weight.unsqueeze(1).to(x.dtype).bmm(x)
 
 
 def _rows(positions: Tensor, num_tokens: int) -> Tensor:

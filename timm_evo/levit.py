@@ -57,10 +57,10 @@ def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> 
     query = query.permute(2, 0, 1, 3).flatten(0, 1)
     key = key.permute(2, 0, 3, 1).flatten(0, 1)
     if biases is None:
-        logits = (query * scale) @ key
+        logits = (query * scale).bmm(key)
     else:
         if biases.dim() == 3:
-            biases = biases.unsqueeze(1).repeat(1, batch_size, 1, 1)
+            biases = biases.unsqueeze(1).expand(-1, batch_size, -1, -1).clone(memory_format=torch.contiguous_format)
         if biases.dtype != query.dtype:  # no cast that copies nothing: an older export forbids writing to its result
             biases = biases.to(query.dtype)
         # Products are added in place to what each image has a copy of anyway: a pass over the matrix less.
@@ -71,7 +71,9 @@ def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> 
 @torch.fx.wrap
 def _gather_values(attention: Tensor, value: Tensor) -> Tensor:
     """Values (B, L, H, d) by attention (H, B, Q, L), all heads side by side (B, Q, H * d)."""
-    return (attention.to(value.dtype) @ value.permute(2, 0, 1, 3)).permute(1, 2, 0, 3).flatten(2)
+    num_heads, batch_size, num_queries, _ = attention.shape
+    gathered = attention.flatten(0, 1).to(value.dtype).bmm(value.permute(2, 0, 1, 3).flatten(0, 1))
+    return gathered.view(num_heads, batch_size, num_queries, value.shape[3]).permute(1, 2, 0, 3).flatten(2)
 
 
 class _ScoringAttention(nn.Module):
@@ -232,14 +234,9 @@ class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
         if self.scored:
             assert scores is not None
             attention = evolution.mean_attention(attn, self.class_token, None)
+            evolved = evolution.global_class_attention(scores, attention, self.tradeoff, None, self.learned())
             scores = evolution.downsampled_class_attention(
-                scores,
-                self.downsample(scores.unsqueeze(2)).squeeze(2),
-                self.downsample(attention.unsqueeze(2)).squeeze(2),
-                self.tradeoff,
-                1 if self.class_token else 0,
-                self.learned(),
-            )
+                scores, self.downsample(evolved.unsqueeze(2)).squeeze(2), 1 if self.class_token else 0)
         return self.proj(_gather_values(attn, v)), scores
 
 
