@@ -8,18 +8,14 @@ import torch
 from _measuring import COMPILE_MODES, DTYPES, dense_twin
 from timm.utils import ParseKwargs
 
+from timm_evo.cli import key_value
+
 
 def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f'must be at least 1, not {value}')
     return value
-
-
-def key_value(text: str) -> str:
-    if '=' not in text:
-        raise argparse.ArgumentTypeError(f'{text!r} is not key=value')
-    return text
 
 
 def timed_device(text: str) -> torch.device:

@@ -6,6 +6,7 @@ whatever else the machine does slows all of them. Ratios are medians of the rati
 import gc
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,12 +15,11 @@ import torch
 from timm.layers import to_2tuple
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+from timm_evo.hub import count_gmacs
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
@@ -44,11 +44,13 @@ class Variant:
         model: Model name.
         kwargs: Arguments of `timm.create_model`.
         dense: Label of the variant that it is compared with.
+        build: Makes the model, where it is not timm's; `model` then is the one of timm that takes the same images.
     """
     label: str
     model: str
     kwargs: dict
     dense: str
+    build: Callable[[], nn.Module] | None = None
 
 
 def with_twins(
@@ -89,29 +91,16 @@ def build_model(
 ) -> tuple[nn.Module, Tensor]:
     """A model in evaluation mode and an image for it, as a batch of one."""
     try:
-        model = timm.create_model(variant.model, **variant.kwargs).eval()
+        model = variant.build() if variant.build else timm.create_model(variant.model, **variant.kwargs)
     except (TypeError, ValueError) as error:
         raise SystemExit(f'{variant.label}: {error}') from error
     if reparam:
-        model = reparameterize_model(model)
-    model = model.to(device=device, dtype=dtype, memory_format=memory_format)
-    channels, height, width = model.pretrained_cfg['input_size']
+        model = reparameterize_model(model.eval())
+    model = model.eval().to(device=device, dtype=dtype, memory_format=memory_format)
+    channels, height, width = timm.get_pretrained_cfg(variant.model).input_size
     if 'img_size' in variant.kwargs:
         height, width = to_2tuple(variant.kwargs['img_size'])
     return model, torch.randn(1, channels, height, width, device=device, dtype=dtype)
-
-
-@torch.no_grad()  # in inference mode, an older counter sees no linear layer
-def measure_cost(model: nn.Module, image: Tensor) -> dict[str, float]:
-    """Multiply-accumulates of one image, and parameters."""
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}  # the counter minds some that train
-    # an older counter does not know fused attention on a CPU
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        functional_call(model, weights, image)
-    return {
-        'gmacs': counter.get_total_flops() / 2e9,
-        'params': sum(p.numel() for p in model.parameters()),
-    }
 
 
 class Step:
@@ -247,7 +236,8 @@ def prepare(
     steps, costs = {}, {}
     for variant in variants:
         model, image = build_model(variant, device, dtype, memory_format, reparam)
-        costs[variant.label] = measure_cost(model, image)
+        costs[variant.label] = {
+            'gmacs': count_gmacs(model, image), 'params': sum(p.numel() for p in model.parameters())}
         if image.shape not in batches:
             batch = torch.randn(batch_size, *image.shape[1:], device=device, dtype=dtype)
             batches[image.shape] = batch.contiguous(memory_format=memory_format)

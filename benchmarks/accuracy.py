@@ -244,9 +244,9 @@ def draw(results: dict[str, dict], title: str) -> Figure:
         axes[0].plot(epochs, curves.mean(0), '-' if i < 10 else '--', label=label, markevery=[-1], **style)
         axes[0].fill_between(epochs, curves.amin(0), curves.amax(0), color=style['color'], alpha=0.2, linewidth=0)
         for axis, phase in zip(axes[1:], ('training', 'inference'), strict=False):
-            x = row[phase]['images_per_second']
+            x = row[phase]['ratio_to_dense']  # models of several families and image sizes share the axis
             axis.errorbar(x, row['top1'], yerr=row['top1_standard_deviation'], linestyle='none', capsize=3, **style)
-            axis.set(xlabel=f'{phase}, images/s', ylabel='top-1 after the last epoch (%)')
+            axis.set(xlabel=f'{phase} throughput, ratio to dense', ylabel='top-1 after the last epoch (%)')
             axis.locator_params(axis='x', nbins=5)
     for axis in axes:
         axis.grid(alpha=0.3)

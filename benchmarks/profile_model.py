@@ -8,6 +8,9 @@ the profiler itself costs is in the times, so take those of `throughput.py` for 
 """
 import argparse
 import re
+from collections import defaultdict
+from itertools import chain
+from operator import itemgetter
 
 import torch
 from _arguments import add_how, add_models, choose_how, describe_how, parse_and_check, positive_int
@@ -25,37 +28,46 @@ LAUNCH = re.compile(r'cu(da)?(Launch(Cooperative)?Kernel|GraphLaunch)')
 MAX_NAME = 90  # names of kernels can be thousands of letters long
 
 
-def profile_steps(step: Step, num_steps: int) -> dict:
-    """Time by operator on a CPU, by kernel on CUDA, and numbers of calls, all per step."""
+def profile_step(step: Step) -> list[tuple[str, float, int, bool]]:
+    """What a step runs: name, microseconds and calls of each operator, and of each kernel on CUDA, and whether timed.
+
+    On CUDA the kernels are timed, and the operators that launch them are only counted.
+    """
     on_cuda = step.batch.device.type == 'cuda'
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_cuda else [ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
-        for _ in range(num_steps):
-            step()
+        step()
         if on_cuda:
             torch.cuda.synchronize()
-    events = profiler.key_averages()
-    on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
-    if on_cuda:  # without ranges that someone has named: the kernels in them count for themselves
-        kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-        times = [(event.self_device_time_total, event.count, event.key) for event in kernels]
-    else:
-        times = [(event.self_cpu_time_total, event.count, event.key) for event in on_cpu]
-    total = sum(microseconds for microseconds, _, _ in times)
+    events = []
+    for event in profiler.key_averages():
+        if event.device_type == DeviceType.CPU:
+            events.append((event.key, event.self_cpu_time_total, event.count, not on_cuda))
+        elif not event.is_user_annotation:  # ranges that someone has named: the kernels in them count for themselves
+            events.append((event.key, event.self_device_time_total, event.count, True))
+    return events
+
+
+def summarise_steps(steps: list[list[tuple[str, float, int, bool]]]) -> dict:
+    """Time by operator on a CPU, by kernel on CUDA, and numbers of calls, all per step."""
+    times, calls = defaultdict(float), defaultdict(float)
+    operator_calls = kernel_launches = 0
+    for name, microseconds, count, timed in chain.from_iterable(steps):
+        operator_calls += count if name.startswith('aten::') else 0
+        kernel_launches += count if LAUNCH.match(name) else 0
+        if timed:
+            times[name] += microseconds / 1000 / len(steps)
+            calls[name] += count / len(steps)
+    total = sum(times.values())
     if not total:
         raise SystemExit('torch.profiler has recorded nothing, is another profiler running?')
     return {
-        'ms': total / 1000 / num_steps,
-        'operator_calls': sum(event.count for event in on_cpu if event.key.startswith('aten::')) / num_steps,
-        'kernel_launches': sum(event.count for event in on_cpu if LAUNCH.match(event.key)) / num_steps,
+        'ms': total,
+        'operator_calls': operator_calls / len(steps),
+        'kernel_launches': kernel_launches / len(steps),
         'operators': [
-            {
-                'name': name,
-                'self_ms': microseconds / 1000 / num_steps,
-                'share': microseconds / total,
-                'calls': count / num_steps,
-            }
-            for microseconds, count, name in sorted(times, reverse=True) if microseconds > 0
+            {'name': name, 'self_ms': ms, 'share': ms / total, 'calls': calls[name]}
+            for name, ms in sorted(times.items(), key=itemgetter(1), reverse=True) if ms > 0
         ],
     }
 
@@ -100,12 +112,18 @@ def main() -> None:
     args = parse_args()
     variants = with_twins(args.models, args.img_size, args.model_kwargs)
     steps, results = prepare(variants, batch_size=args.batch_size, **choose_how(args))
-    with tqdm(steps.items(), unit='model') as progress:
-        for label, step in progress:
-            progress.set_description(label)
-            for _ in range(NUM_WARMUP):
-                step()
-            results[label] |= profile_steps(step, args.steps)
+    profiled = defaultdict(list)
+    with tqdm(total=(NUM_WARMUP + args.steps) * len(steps), unit='step') as progress:
+        for i in range(NUM_WARMUP + args.steps):  # models in turn, so that whatever else the machine does slows all
+            for label, step in steps.items():
+                progress.set_description(label)
+                if i < NUM_WARMUP:
+                    step()
+                else:
+                    profiled[label].append(profile_step(step))
+                progress.update()
+    for label in steps:
+        results[label] |= summarise_steps(profiled[label])
 
     environment = describe_environment(args.device)
     settings = {

@@ -7,13 +7,15 @@ each, so the same command goes on where it was interrupted.
 """
 import argparse
 import json
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from _arguments import add_device, positive_int
 from _environment import describe_environment, summarise_environment
-from _measuring import DTYPES, LATENCY_ROUNDS, measure, summarise, with_twins
+from _measuring import DTYPES, LATENCY_ROUNDS, dense_twin, measure, summarise, with_twins
 from _report import write_report
 from _results import add_results, markdown_table
 
@@ -29,6 +31,9 @@ def deit(tiny: float | None = None, small: float | None = None, base: float | No
 
 SMALL: Targets = {'evo_deit_small_patch16_224': None}
 LEVIT: Targets = {f'evo_levit_{scheme}{size}': None for size in ('128s', '256', '384') for scheme in ('', 'cls_')}
+VIT_224: Targets = {f'evo_vit_{size}_patch16_224': None for size in ('small', 'base', 'large')}
+VIT_384: Targets = {f'evo_vit_{size}_patch16_384': None for size in ('small', 'base', 'large')}
+DINOV2: Targets = {'evo_vit_small_patch14_dinov2': None}  # 518 pixels
 
 
 @dataclass
@@ -59,10 +64,14 @@ SETTINGS = {
         'deit-224': Setting(deit(1.65, 1.62, 1.55), 16),
         'deit-384': Setting(deit(1.70, 1.68, 1.62), 4, img_size=384),
         'deit-latency': Setting(deit(), 1),
+        'deit-224-compiled': Setting(SMALL, 16, compile_mode='default'),
         'deit-train': Setting(SMALL, 16, train=True),
         'levit': Setting(LEVIT, 32),
         'levit-fused': Setting(LEVIT, 32, reparam=True),
         'levit-latency': Setting(LEVIT, 1),
+        'vit-224': Setting(VIT_224, 4),
+        'vit-384': Setting(VIT_384, 2),
+        'dinov2-518': Setting(DINOV2, 2),
     },
     'cuda': {
         'deit-224-compiled': Setting(deit(1.45, 1.52, 1.55), 256, dtype='bfloat16', compile_mode='default'),
@@ -76,26 +85,39 @@ SETTINGS = {
         'levit-float16': Setting(LEVIT, 256, dtype='float16'),
         'levit-bfloat16-compiled': Setting(LEVIT, 256, dtype='bfloat16', compile_mode='default'),
         'levit-float16-compiled': Setting(LEVIT, 256, dtype='float16', compile_mode='default'),
+        'vit-224-compiled': Setting(VIT_224, 128, dtype='bfloat16', compile_mode='default'),
+        'vit-384-compiled': Setting(VIT_384, 32, dtype='bfloat16', compile_mode='default'),
+        'dinov2-518-compiled': Setting(DINOV2, 32, dtype='bfloat16', compile_mode='default'),
     },
 }
+
+
+def by_dense_twin(names: Iterable[str]) -> list[list[str]]:
+    """Models in groups of the same dense twin."""
+    groups = defaultdict(list)
+    for name in names:
+        groups[dense_twin(name)].append(name)
+    return list(groups.values())
 
 
 def measure_setting(setting: Setting, device: torch.device, rounds: int) -> dict:
     """What was measured, with what, and the summary of each model."""
     if setting.batch_size == 1:
         rounds *= LATENCY_ROUNDS
-    variants = with_twins(list(setting.models), setting.img_size)
-    results = measure(
-        variants,
-        rounds=rounds,
-        device=device,
-        dtype=DTYPES[setting.dtype],
-        batch_size=setting.batch_size,
-        train=setting.train,
-        compile_mode=setting.compile_mode,
-        reparam=setting.reparam,
-    )
-    summary = summarise(variants, results, setting.batch_size)
+    summary = {}
+    for names in by_dense_twin(setting.models):  # apart, because models of other sizes leave the memory as they like
+        variants = with_twins(names, setting.img_size)
+        results = measure(
+            variants,
+            rounds=rounds,
+            device=device,
+            dtype=DTYPES[setting.dtype],
+            batch_size=setting.batch_size,
+            train=setting.train,
+            compile_mode=setting.compile_mode,
+            reparam=setting.reparam,
+        )
+        summary |= summarise(variants, results, setting.batch_size)
     for label, row in summary.items():
         row['target_ratio_to_dense'] = setting.models.get(label)
     return {

@@ -31,7 +31,7 @@ def _convert(args: argparse.Namespace) -> None:
         print(f"timm.create_model('hf-hub:{args.push}', pretrained=True)")
 
 
-def _key_value(text: str) -> str:
+def key_value(text: str) -> str:
     if '=' not in text:
         raise argparse.ArgumentTypeError(f'{text!r} is not key=value')
     return text
@@ -56,7 +56,7 @@ def _parse_args(args: list[str] | None) -> argparse.Namespace:
     convert.add_argument(
         '--model-kwargs',
         nargs='*',
-        type=_key_value,
+        type=key_value,
         default=[],
         metavar='KEY=VALUE',
         help='arguments that differ from the published models, such as img_size=384 or selection=layer',

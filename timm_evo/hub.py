@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from timm.models._hub import generate_readme, push_to_hf_hub, save_for_hf
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['model_card', 'push', 'save']
+__all__ = ['count_gmacs', 'model_card', 'push', 'save']
 
 _FILES = {'config.json', 'model.safetensors', 'README.md'}
 _CITATION = """@inproceedings{xu2022evo,
@@ -44,7 +44,7 @@ def model_card(model: nn.Module, name: str) -> dict[str, Any]:
         'details': {
             'Model Stats': {
                 'Params (M)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
-                'GMACs': f'{_count_gmacs(model):.3f}',
+                'GMACs': f'{_gmacs(model):.3f}',
                 'Image size': ' x '.join(map(str, _input_size(model)[1:])),
                 'Classes': model.num_classes,
             },
@@ -157,13 +157,19 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 @torch.no_grad()  # in inference mode, an older counter sees no linear layer
-def _count_gmacs(model: nn.Module) -> float:
-    """Multiply-accumulates of one image, in billions."""
-    training = model.training
+def count_gmacs(model: nn.Module, image: Tensor) -> float:
+    """Multiply-accumulates of a model in evaluation mode for one image (1, C, H, W), in billions."""
     weights = {name: weight.detach() for name, weight in model.named_parameters()}  # the counter minds some that train
-    images = next(model.parameters()).new_zeros(1, *_input_size(model))
     # an older counter does not know fused attention on a CPU
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        functional_call(model.eval(), weights, images)
-    model.train(training)
+        functional_call(model, weights, image)
     return counter.get_total_flops() / 2e9
+
+
+def _gmacs(model: nn.Module) -> float:
+    """Of an image as the model takes it, whatever mode it is in."""
+    image = next(model.parameters()).new_zeros(1, *_input_size(model))
+    training = model.training
+    gmacs = count_gmacs(model.eval(), image)
+    model.train(training)
+    return gmacs

@@ -1,0 +1,209 @@
+""" Speed of token evolution beside other token reduction, each in its authors' own code, in one run
+
+    python benchmarks/other_methods.py --tome ToMe --evit evit --dynamic-vit DynamicViT --evo-vit Evo-ViT \
+        --results benchmarks/results/other_methods_cpu
+
+An option is a clone of the repository: https://github.com/facebookresearch/ToMe, https://github.com/youweiliang/evit,
+https://github.com/raoyongming/DynamicViT and https://github.com/YifanXu74/Evo-ViT. Those that are not given are left
+out. All are DeiT at 224 pixels, each method at a setting with about the multiply-adds of the published Evo-ViT.
+Weights are random: this measures speed, not accuracy.
+"""
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from unittest.mock import MagicMock, patch
+
+import timm
+import torch
+from _arguments import add_device, positive_int
+from _measuring import DTYPES, Variant, measure, summarise, with_twins
+from _results import add_results, markdown_table, write_results
+from matplotlib.figure import Figure
+from torch import nn
+
+SIZES = {'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}  # width and heads of DeiT
+PRUNED_BLOCKS = (3, 6, 9)  # where EViT and DynamicViT drop tokens
+# What the modules import for other ends than their models, and what is not there any more.
+NOT_NEEDED = ('torchprofile', 'tensorboardX', 'torch._six')
+
+Build = Callable[[str], nn.Module]  # of a size
+
+
+def load_tome(folder: Path) -> Build:
+    tome = import_from(folder, 'tome.patch.timm')
+
+    def build(size: str) -> nn.Module:
+        model = timm.create_model(f'deit_{size}_patch16_224')
+        tome.apply_patch(model)
+        model.r = 11
+        return model
+    return build
+
+
+def load_evit(folder: Path) -> Build:
+    evit = import_from(folder, 'evit')
+    keep_rate = tuple(0.7 if i in PRUNED_BLOCKS else 1 for i in range(12))
+
+    def build(size: str) -> nn.Module:
+        width, heads = SIZES[size]
+        return evit.EViT(embed_dim=width, num_heads=heads, keep_rate=keep_rate, fuse_token=True)
+    return build
+
+
+def load_dynamic_vit(folder: Path) -> Build:
+    dyvit = import_from(folder, 'models.dyvit')
+
+    def build(size: str) -> nn.Module:
+        width, heads = SIZES[size]
+        return dyvit.VisionTransformerDiffPruning(
+            embed_dim=width, num_heads=heads, pruning_loc=PRUNED_BLOCKS, token_ratio=(0.7, 0.7 ** 2, 0.7 ** 3))
+    return build
+
+
+def load_evo_vit(folder: Path) -> Build:
+    evo_deit = import_from(folder, 'deit.evo_deit')
+    return lambda size: getattr(evo_deit, f'evo_deit_{size}_patch16_224')()
+
+
+METHODS = {
+    'tome': ('ToMe, r=11', load_tome),
+    'evit': ('EViT, 0.7', load_evit),
+    'dynamic_vit': ('DynamicViT, 0.7', load_dynamic_vit),
+    'evo_vit': ("Evo-ViT, authors' code", load_evo_vit),
+}
+OURS = 'timm-evo'
+
+
+@contextmanager
+def isolated_import(folder: Path) -> Iterator[None]:
+    """Import from a folder what shall not stay: neither its modules' plain names nor what they register in timm."""
+    before = set(sys.modules)
+    absent = {name: MagicMock() for name in NOT_NEEDED}
+    sys.path.insert(0, str(folder))
+    try:
+        with patch.dict(sys.modules, absent), patch('timm.models.registry.register_model', lambda function: function):
+            yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], '__file__', None)
+            if file is not None and Path(file).is_relative_to(folder):
+                del sys.modules[name]
+
+
+def import_from(folder: Path, name: str):
+    """A module of a clone."""
+    with isolated_import(folder):
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            raise SystemExit(f'{folder} has no module {name} that can be imported: {error}') from error
+
+
+def find_variants(size: str, builds: dict[str, Build]) -> list[Variant]:
+    """The dense model, the evolved one, and those of other methods."""
+    name = f'deit_{size}_patch16_224'
+    others = [Variant(f'{label}, {size}', name, {}, name, partial(build, size)) for label, build in builds.items()]
+    return with_twins([f'evo_{name}']) + others
+
+
+def method_of(variant: Variant) -> str:
+    return OURS if variant.build is None else variant.label.rpartition(', ')[0]
+
+
+def format_table(summary: dict[str, dict]) -> str:
+    header = ['model', 'GMACs', 'img/s', 'ms/batch', 'ratio to dense', 'FLOP limit', 'reached', 'memory (MB)']
+    lines = [
+        [
+            label,
+            f'{row["gmacs"]:.2f}',
+            f'{row["images_per_second"]:.1f}',
+            f'{1000 * row["seconds_per_batch"]["median"]:.0f}',
+            f'{row["ratio_to_dense"]:.2f} x',
+            f'{row["flop_ratio_to_dense"]:.2f} x',
+            f'{row["flop_limit_share"]:.0%}',
+            f'{row["peak_memory_mb"]:.0f}',
+        ]
+        for label, row in summary.items()
+    ]
+    return markdown_table(header, lines)
+
+
+def draw(variants: list[Variant], summary: dict[str, dict], title: str) -> Figure:
+    """Speed-up against the share of multiply-adds that are left, with the limit that these set."""
+    figure = Figure(figsize=(8, 5.5), layout='constrained')
+    axis = figure.subplots()
+    axis.set(title=title, xlabel='share of the dense GMACs', ylabel='ratio to the dense throughput')
+    reduced = [variant for variant in variants if variant.label != variant.dense]
+    methods = list(dict.fromkeys(map(method_of, reduced)))
+    names = list(dict.fromkeys(variant.dense for variant in variants))
+    shares = []
+    for variant in reduced:
+        row = summary[variant.label]
+        shares.append(1 / row['flop_ratio_to_dense'])
+        i, j = methods.index(method_of(variant)), names.index(variant.dense)
+        axis.plot(shares[-1], row['ratio_to_dense'], 'os^'[j], color=f'C{i}', markersize=9 if i == 0 else 7)
+    for i, method in enumerate(methods):
+        axis.plot([], [], 'o', color=f'C{i}', label=method)
+    for j, name in enumerate(names):
+        axis.plot([], [], 'os^'[j], color='gray', label=name)
+    limit = torch.linspace(min(shares) - .01, max(shares) + .01, 50)
+    axis.plot(limit, 1 / limit, '--', color='gray', linewidth=1, label='limit set by the FLOPs')
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def clone(text: str) -> Path:
+    path = Path(text).resolve()
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a folder')
+    return path
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Token evolution beside other methods in their authors' own code.")
+    for option, (label, _) in METHODS.items():
+        parser.add_argument(
+            f'--{option.replace("_", "-")}', type=clone, metavar='FOLDER', help=f'clone of the repository: {label}')
+    parser.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES), help='of DeiT (default: all)')
+    add_device(parser)
+    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of weights and images (default: float32)')
+    parser.add_argument('--threads', type=positive_int, metavar='N', help='CPU threads (default: all)')
+    parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='images (default: 16)')
+    parser.add_argument('--rounds', type=positive_int, default=15, metavar='N', help='timed rounds (default: 15)')
+    add_results(parser)
+    args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if all(getattr(args, option) is None for option in METHODS):
+        parser.error('nothing to compare with, name a clone')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    builds = {}
+    for option, (label, load) in METHODS.items():
+        if (folder := getattr(args, option)) is not None:
+            builds[label] = load(folder)
+    variants, results = [], {}
+    for size in args.sizes:  # in turn, so that a method's neighbours are models of its size
+        own = find_variants(size, builds)
+        results |= measure(
+            own, rounds=args.rounds, device=args.device, dtype=DTYPES[args.dtype], batch_size=args.batch_size)
+        variants += own
+    summary = summarise(variants, results, args.batch_size)
+    settings = {'device': args.device.type, 'dtype': args.dtype, 'batch_size': args.batch_size, 'rounds': args.rounds}
+    title = 'Inference of DeiT at 224 pixels'
+    record = {'settings': settings, 'models': summary}
+    text = write_results(args.results, title, format_table(summary), record, draw(variants, summary, title))
+    print(f'\n{text}')
+
+
+if __name__ == '__main__':
+    main()
