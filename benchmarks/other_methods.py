@@ -5,7 +5,8 @@
 
 An option is a clone of the repository: https://github.com/facebookresearch/ToMe, https://github.com/youweiliang/evit,
 https://github.com/raoyongming/DynamicViT and https://github.com/YifanXu74/Evo-ViT. Those that are not given are left
-out. All are DeiT at 224 pixels, each method at a setting with about the multiply-adds of the published Evo-ViT.
+out. All are DeiT, each method at a setting with about the multiply-adds of the published Evo-ViT; its numbers of tokens
+grow with the image.
 Weights are random: this measures speed, not accuracy.
 """
 import argparse
@@ -26,20 +27,22 @@ from matplotlib.figure import Figure
 from torch import nn
 
 SIZES = {'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}  # width and heads of DeiT
+PATCH_SIZE = 16
+PUBLISHED_SIZE = 224
 PRUNED_BLOCKS = (3, 6, 9)  # where EViT and DynamicViT drop tokens
 # What the modules import for other ends than their models, and what is not there any more.
 NOT_NEEDED = ('torchprofile', 'tensorboardX', 'torch._six')
 
-Build = Callable[[str], nn.Module]  # of a size
+Build = Callable[[str, int], nn.Module]  # of a size, for images of a size
 
 
 def load_tome(folder: Path) -> Build:
     tome = import_from(folder, 'tome.patch.timm')
 
-    def build(size: str) -> nn.Module:
-        model = timm.create_model(f'deit_{size}_patch16_224')
+    def build(size: str, img_size: int) -> nn.Module:
+        model = timm.create_model(f'deit_{size}_patch16_224', img_size=img_size)
         tome.apply_patch(model)
-        model.r = 11
+        model.r = round(11 * (img_size / PUBLISHED_SIZE) ** 2)
         return model
     return build
 
@@ -48,29 +51,31 @@ def load_evit(folder: Path) -> Build:
     evit = import_from(folder, 'evit')
     keep_rate = tuple(0.7 if i in PRUNED_BLOCKS else 1 for i in range(12))
 
-    def build(size: str) -> nn.Module:
+    def build(size: str, img_size: int) -> nn.Module:
         width, heads = SIZES[size]
-        return evit.EViT(embed_dim=width, num_heads=heads, keep_rate=keep_rate, fuse_token=True)
+        return evit.EViT(
+            img_size=img_size, embed_dim=width, num_heads=heads, keep_rate=keep_rate, fuse_token=True)
     return build
 
 
 def load_dynamic_vit(folder: Path) -> Build:
     dyvit = import_from(folder, 'models.dyvit')
 
-    def build(size: str) -> nn.Module:
+    def build(size: str, img_size: int) -> nn.Module:
         width, heads = SIZES[size]
         return dyvit.VisionTransformerDiffPruning(
-            embed_dim=width, num_heads=heads, pruning_loc=PRUNED_BLOCKS, token_ratio=(0.7, 0.7 ** 2, 0.7 ** 3))
+            img_size=img_size, embed_dim=width, num_heads=heads, pruning_loc=PRUNED_BLOCKS,
+            token_ratio=(0.7, 0.7 ** 2, 0.7 ** 3))
     return build
 
 
 def load_evo_vit(folder: Path) -> Build:
     evo_deit = import_from(folder, 'deit.evo_deit')
-    return lambda size: getattr(evo_deit, f'evo_deit_{size}_patch16_224')()
+    return lambda size, img_size: getattr(evo_deit, f'evo_deit_{size}_patch16_224')(img_size=img_size)
 
 
 METHODS = {
-    'tome': ('ToMe, r=11', load_tome),
+    'tome': ('ToMe', load_tome),
     'evit': ('EViT, 0.7', load_evit),
     'dynamic_vit': ('DynamicViT, 0.7', load_dynamic_vit),
     'evo_vit': ("Evo-ViT, authors' code", load_evo_vit),
@@ -104,11 +109,14 @@ def import_from(folder: Path, name: str):
             raise SystemExit(f'{folder} has no module {name} that can be imported: {error}') from error
 
 
-def find_variants(size: str, builds: dict[str, Build]) -> list[Variant]:
+def find_variants(size: str, img_size: int, builds: dict[str, Build]) -> list[Variant]:
     """The dense model, the evolved one, and those of other methods."""
     name = f'deit_{size}_patch16_224'
-    others = [Variant(f'{label}, {size}', name, {}, name, partial(build, size)) for label, build in builds.items()]
-    return with_twins([f'evo_{name}']) + others
+    others = [
+        Variant(f'{label}, {size}', name, {'img_size': img_size}, name, partial(build, size, img_size))
+        for label, build in builds.items()
+    ]
+    return with_twins([f'evo_{name}'], img_size) + others
 
 
 def method_of(variant: Variant) -> str:
@@ -171,6 +179,13 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(
             f'--{option.replace("_", "-")}', type=clone, metavar='FOLDER', help=f'clone of the repository: {label}')
     parser.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES), help='of DeiT (default: all)')
+    parser.add_argument(
+        '--img-size',
+        type=positive_int,
+        default=PUBLISHED_SIZE,
+        metavar='N',
+        help=f'multiple of {PATCH_SIZE} pixels (default: {PUBLISHED_SIZE})',
+    )
     add_device(parser)
     parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of weights and images (default: float32)')
     parser.add_argument('--threads', type=positive_int, metavar='N', help='CPU threads (default: all)')
@@ -178,6 +193,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=positive_int, default=15, metavar='N', help='timed rounds (default: 15)')
     add_results(parser)
     args = parser.parse_args()
+    if args.img_size % PATCH_SIZE:
+        parser.error(f'--img-size {args.img_size} is not a multiple of {PATCH_SIZE}')
+    if args.dynamic_vit is not None and args.img_size != PUBLISHED_SIZE:
+        parser.error(f'--dynamic-vit takes no other images than those of {PUBLISHED_SIZE} pixels')
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if all(getattr(args, option) is None for option in METHODS):
@@ -193,13 +212,15 @@ def main() -> None:
             builds[label] = load(folder)
     variants, results = [], {}
     for size in args.sizes:  # in turn, so that a method's neighbours are models of its size
-        own = find_variants(size, builds)
+        own = find_variants(size, args.img_size, builds)
         results |= measure(
             own, rounds=args.rounds, device=args.device, dtype=DTYPES[args.dtype], batch_size=args.batch_size)
         variants += own
     summary = summarise(variants, results, args.batch_size)
-    settings = {'device': args.device.type, 'dtype': args.dtype, 'batch_size': args.batch_size, 'rounds': args.rounds}
-    title = 'Inference of DeiT at 224 pixels'
+    settings = {
+        'device': args.device.type, 'dtype': args.dtype, 'img_size': args.img_size, 'batch_size': args.batch_size,
+        'rounds': args.rounds}
+    title = f'Inference of DeiT at {args.img_size} pixels'
     record = {'settings': settings, 'models': summary}
     text = write_results(args.results, title, format_table(summary), record, draw(variants, summary, title))
     print(f'\n{text}')

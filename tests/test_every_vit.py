@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch._dynamo.testing
+from small_vits import create, images
 from timm.models import VisionTransformer, get_arch_pretrained_cfgs
 from torch import nn
 
@@ -13,37 +14,21 @@ import timm_evo
 from timm_evo import EvoVisionTransformer, evolve, hub, restore
 from timm_evo.schedule import make_schedule, segments
 
-# One name of each family. Their widths and depths are cut down, what else makes them up is as registered.
+# One name of each family, see `small_vits`.
 FAMILIES = [
     'vit_tiny_patch16_224', 'vit_base_patch32_224', 'vit_large_patch16_384', 'vit_huge_patch14_224',
     'vit_base_patch8_224', 'vit_small_patch16_36x1_224', 'deit_small_patch16_224', 'deit_base_distilled_patch16_224',
     'deit3_small_patch16_224', 'deit3_large_patch16_384', 'vit_base_patch16_clip_224', 'vit_large_patch14_clip_336',
     'vit_base_patch32_clip_quickgelu_224', 'vit_small_patch14_dinov2', 'vit_small_patch14_reg4_dinov2',
     'vit_medium_patch16_gap_256', 'vit_base_patch16_reg4_gap_256', 'vit_base_patch16_siglip_224',
-    'vit_so400m_patch14_siglip_gap_224', 'flexivit_small', 'eva_large_patch14_196', 'test_vit3',
+    'vit_so400m_patch14_siglip_gap_224', 'vit_so150m_patch16_reg4_map_256', 'vit_base_patch16_radio_v3',
+    'vit_base_patch14_reg1_tipsv2', 'flexivit_small', 'eva_large_patch14_196', 'aimv2_large_patch14_224',
+    'beit3_base_patch16_224', 'vit_tiny_r_s16_p8_224', 'test_vit3',
 ]
 REGISTERED = [
     name for name in timm.list_models('evo_*')
     if name != 'evo_deit_small_patch16_384' and not name.startswith('evo_levit_cls')  # they have no dense twin
 ]
-
-
-def create(name: str, seed: int = 0, **kwargs) -> nn.Module:
-    """A dense model, cut down, whose tokens attend to each other unevenly."""
-    torch.manual_seed(seed)
-    num_patches = 6
-    patch_size = 7 if 'patch14' in name else 8
-    model = timm.create_model(name, **dict(
-        img_size=num_patches * patch_size, patch_size=patch_size, embed_dim=48, num_heads=3, depth=6, num_classes=5,
-    ) | kwargs).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
-    return model
-
-
-def images(model: nn.Module, batch_size: int = 2) -> torch.Tensor:
-    return torch.randn(batch_size, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -69,7 +54,8 @@ def test_twins_are_built_as_timm_builds_the_dense_models(monkeypatch):
         function = getattr(pretrained_filter_fn, 'func', pretrained_filter_fn)
         raise Built(function, getattr(pretrained_filter_fn, 'keywords', {}), pretrained_strict, feature_cfg)
 
-    for module in ('timm.models.vision_transformer', 'timm.models.deit', 'timm.models.levit', 'timm_evo.entrypoints'):
+    modules = [f'timm.models.{name}' for name in ('vision_transformer', 'vision_transformer_hybrid', 'deit', 'levit')]
+    for module in [*modules, 'timm_evo.entrypoints']:
         monkeypatch.setattr(f'{module}.build_model_with_cfg', build)
     for name in REGISTERED:
         if 'levit' in name:
@@ -86,7 +72,8 @@ def test_all_families_are_registered():
     names = set(REGISTERED)
     for family in (
         'vit_{}_patch16_224', 'vit_{}_patch16_384', 'deit3_{}_patch16_224', 'vit_{}_patch16_clip_224',
-        'vit_{}_patch14_clip_224', 'vit_{}_patch14_dinov2', 'vit_{}_patch14_reg4_dinov2',
+        'vit_{}_patch14_clip_224', 'vit_{}_patch14_dinov2', 'vit_{}_patch14_reg4_dinov2', 'vit_{}_patch16_siglip_256',
+        'vit_{}_patch16_siglip_gap_256', 'flexivit_{}', 'vit_{}_r26_s32_224',
     ):
         sizes = [size for size in ('tiny', 'small', 'base', 'large', 'huge', 'giant')
                  if family.format(size) in timm.list_models()]
@@ -198,6 +185,14 @@ def test_device_and_dtype_stay(device, dtype):
     model = evolve(create('vit_tiny_patch16_224').to(device, dtype), layerwise_updates=5)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {(device, dtype)}
     assert model.num_updates.device.type == device
+
+
+def test_the_input_size_of_a_hybrid_is_that_of_its_image():
+    model = evolve(create('vit_tiny_r_s16_p8_224'), keep_ratio=0.2)  # a patch is 32 pixels wide
+    with pytest.raises(ValueError, match='keep_ratio=0.2 of 4 patch tokens'):
+        model.set_input_size(img_size=64)
+    model.set_input_size(img_size=96)
+    assert model(images(model)).shape == (2, 5)
 
 
 # Subclasses

@@ -23,6 +23,7 @@ from timm.models import (
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
     get_pretrained_cfg,
+    is_model,
     list_models,
     model_entrypoint,
     register_model,
@@ -31,6 +32,7 @@ from timm.models import (
 from timm.models.levit import checkpoint_filter_fn as levit_filter_fn
 from timm.models.levit import model_cfgs as levit_cfgs
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+from timm.models.vision_transformer_hybrid import checkpoint_filter_fn as hybrid_filter_fn
 from torch import nn
 
 # The modules, not their names: whoever imports one first imports timm, which imports this one while that is half done.
@@ -49,10 +51,13 @@ class _Family(NamedTuple):
         build: From the name of timm's dense model and the arguments of the evolved one to a model without weights.
         filter_fn: timm's filter for checkpoints of the family.
         out_indices: Default of `features_only=True`, as in timm.
+        global_pool: Default pooling of a family whose checkpoints have an attention pool, which timm leaves out of
+            models that pool otherwise; None where they have none.
     """
     build: Callable[..., nn.Module]
     filter_fn: Callable[..., dict]
     out_indices: int | tuple[int, ...]
+    global_pool: str | None = None
 
 
 def _build_vit(dense: str, **kwargs) -> nn.Module:
@@ -66,6 +71,10 @@ def _build_levit(dense: str, **kwargs) -> nn.Module:
 
 _VIT = _Family(_build_vit, vit_filter_fn, 3)
 _DEIT = _Family(_build_vit, partial(vit_filter_fn, adapt_layer_scale=True), 3)
+_FLEXI = _Family(_build_vit, partial(vit_filter_fn, interpolation='bilinear', antialias=False), 3)
+_SIGLIP = _VIT._replace(global_pool='map')
+_SIGLIP_GAP = _VIT._replace(global_pool='avg')
+_HYBRID = _Family(_build_vit, hybrid_filter_fn, 3)
 _LEVIT = _Family(_build_levit, levit_filter_fn, (0, 1, 2))
 
 
@@ -77,12 +86,14 @@ def _create(variant: str, dense: str, family: _Family, pretrained: bool = False,
             f'pretrained=True is not allowed for {variant}, the Hugging Face Hub has no weights of it. Checkpoints of '
             "the authors' DeiT and LeViT are converted by timm-evo convert.")
     out_indices = kwargs.pop('out_indices', family.out_indices)
+    is_strict = family.global_pool is None or kwargs.get('global_pool', family.global_pool) == 'map'
     with download.checked_weights(variant, cfg, kwargs.get('cache_dir')) if pretrained else nullcontext():
         return build_model_with_cfg(
             partial(family.build, dense),
             variant,
             pretrained,
             pretrained_filter_fn=family.filter_fn,
+            pretrained_strict=is_strict,
             feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
             **kwargs,
         )
@@ -119,18 +130,22 @@ def _without_weights(dense: str) -> PretrainedCfg:
     return replace(get_pretrained_cfg(dense), url='', hf_hub_id=None)
 
 
-# timm's modules with vision transformers, and what has no twin of each: parallel blocks, differential attention, norms
-# after the residual branches; and families whose weights timm loads in ways of its own, for which there is `evolve`.
-_VIT_MODULES = {
-    'deit': (_DEIT, []),
-    'vision_transformer': (_VIT, [
-        '*_18x2_*', '*_xp_*', 'vit_pwee_*', 'vit_d*wee_*', 'vit_dlittle_*', '*_rpn_*',
-        '*flexi*', '*siglip*', '*radio*',
-    ]),
-}
-for _module, (_family, _without) in _VIT_MODULES.items():
-    for _dense in list_models(module=_module, exclude_filters=_without):
-        _register_twin(_dense, _family)
+# What has no twin in timm's modules with vision transformers: parallel blocks, differential attention, norms after the
+# residual branches; and RADIO, whose position embeddings timm resizes in a way of its own, for which there is `evolve`.
+_WITHOUT = ['*_18x2_*', '*_xp_*', 'vit_pwee_*', 'vit_d*wee_*', 'vit_dlittle_*', '*_rpn_*', '*radio*']
+# timm's module, wildcard of names, and how these are built; the first that fits counts
+_VITS = [
+    ('deit', '*', _DEIT),
+    ('vision_transformer', 'flexivit_*', _FLEXI),
+    ('vision_transformer', '*_siglip_gap_*', _SIGLIP_GAP),
+    ('vision_transformer', '*_siglip_*', _SIGLIP),
+    ('vision_transformer', '*', _VIT),
+    ('vision_transformer_hybrid', '*', _HYBRID),
+]
+for _module, _wildcard, _family in _VITS:
+    for _dense in list_models(_wildcard, module=_module, exclude_filters=_WITHOUT):
+        if not is_model(f'evo_{_dense}'):
+            _register_twin(_dense, _family)
 
 # The authors train DeiT-S at 384, too, which timm has no dense model of: no weights, and the input of DeiT-B at 384.
 _register('evo_deit_small_patch16_384', 'deit_small_patch16_224', _DEIT, {

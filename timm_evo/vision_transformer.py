@@ -153,8 +153,14 @@ class TokenEvolution(LayerToStage):
             patch_size: tuple[int, int] | None = None,
     ) -> None:
         """Update the input image resolution and patch size, as timm's."""
-        sizes = to_2tuple(img_size or self.patch_embed.img_size), to_2tuple(patch_size or self.patch_embed.patch_size)
-        self._check_slow_tokens(self.schedule, math.prod(size // patch for size, patch in zip(*sizes, strict=True)))
+        embed = self.patch_embed
+        grid = [
+            size // (reduction // old_patch * new_patch)  # a hybrid reduces the image before it makes patches
+            for size, reduction, old_patch, new_patch in zip(
+                to_2tuple(img_size or embed.img_size), embed.feat_ratio(as_scalar=False), embed.patch_size,
+                to_2tuple(patch_size or embed.patch_size), strict=True)
+        ]
+        self._check_slow_tokens(self.schedule, math.prod(grid))
         super().set_input_size(img_size=img_size, patch_size=patch_size)
 
     def prune_intermediate_layers(
