@@ -22,7 +22,11 @@ NAME = 'evo_deit_tiny_patch16_224'
     (dict(start_block=12), r'start_block=12 .* 1..11 for a model of 12 blocks'),
     (dict(start_block=0), r'start_block=0 .* 1..11'),
     (dict(start_block=1.5), r'start_block=1.5 .* 1..11'),
+    (dict(start_block=True), r'start_block=True .* 1..11'),
     (dict(stage_depth=0), r'stage_depth=0 .* at least 1'),
+    (dict(stage_depth=True), r'stage_depth=True .* at least 1'),
+    (dict(fast_update='false'), r"fast_update='false' .* True or False"),
+    (dict(class_head='true', global_pool='avg'), r"class_head='true' .* True or False"),
     (dict(selection='token'), r"selection='token' .* 'stage' or 'layer'"),
     (dict(tradeoff=1.1), r'tradeoff=1.1 .* \[0, 1\]'),
     (dict(tradeoff=-0.1), r'tradeoff=-0.1 .* \[0, 1\]'),
@@ -85,6 +89,20 @@ def test_models_that_cannot_be_evolved_are_named_and_left_alone():
     with pytest.raises(ValueError, match='start_block=6'):
         vision_transformer.evolve(dense, start_block=6)
     assert type(dense) is timm.models.VisionTransformer
+
+
+def test_a_single_block_has_nothing_to_select_by():
+    with pytest.raises(ValueError, match='A model of 1 block cannot be evolved'):
+        EvoVisionTransformer(depth=1)
+
+
+def test_an_image_too_small_is_found_where_no_size_was_given():
+    dense = timm.models.VisionTransformer(
+        img_size=None, pos_embed='none', no_embed_class=True, embed_dim=24, depth=4, num_heads=2)
+    model = vision_transformer.evolve(dense, keep_ratio=0.2)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    with pytest.raises(ValueError, match='keep_ratio=0.2 of 4 patch tokens leaves none'):
+        model(torch.randn(1, 3, 32, 32))
 
 
 def test_weights_that_do_not_exist():

@@ -7,7 +7,7 @@ import timm
 import torch
 import torch._dynamo.testing
 from small_vits import create, images
-from timm.models import VisionTransformer, get_arch_pretrained_cfgs
+from timm.models import VisionTransformer, get_arch_pretrained_cfgs, save_for_hf
 from torch import nn
 
 import timm_evo
@@ -315,6 +315,31 @@ def test_a_model_that_would_be_dense_again_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_instance_that_evolve_has_made_is_saved_by_timm_as_dense(tmp_path):
+    model = evolve(timm.create_model('test_vit'))
+    model.set_evolution(keep_ratio=0.7)
+    save_for_hf(model, tmp_path / 'model', safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
+    assert type(loaded) is VisionTransformer
+
+
+@pytest.mark.parametrize('name', ['evo_test_vit', 'test_vit'])
+def test_a_restored_model_is_saved_as_dense(name, tmp_path):
+    model = timm.create_model(name).eval()
+    if name == 'test_vit':
+        evolve(model)
+    model.set_evolution(keep_ratio=0.7)
+    save_for_hf(restore(model), tmp_path / 'model', safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    x = torch.randn(2, 3, 160, 160)
+    assert type(loaded) is VisionTransformer and torch.equal(loaded(x), model(x))
+
+
+def test_a_model_that_timm_has_not_created_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match='EvoVisionTransformer .* has no name'):
+        hub.save(evolve(VisionTransformer(**SMALL)), tmp_path / 'model')
+
+
 def test_the_card_of_a_model_with_attention_pooling():
     assert 'GMACs' in hub.model_card(timm.create_model('evo_test_vit3'), 'name')['details']['Model Stats']
 
@@ -363,6 +388,22 @@ def test_other_refusals():
         restore(restore(model))
     with pytest.raises(ValueError, match='keep_ratio=0.01 of 36 patch tokens'):
         evolve(VisionTransformer(**SMALL), keep_ratio=0.01)
+    with pytest.raises(TypeError, match='keep_ratios is no argument of evolution'):
+        evolve(VisionTransformer(**SMALL), keep_ratios=0.5)
+    with pytest.raises(TypeError, match='LevitDistilled cannot be evolved as it is, create it by'):
+        evolve(timm.create_model('levit_128s'))
+    with pytest.raises(TypeError, match='EvoLevit cannot be restored'):
+        restore(timm.create_model('evo_levit_128s'))
+
+
+@pytest.mark.parametrize('wrap', [
+    torch.compile,
+    torch.nn.DataParallel,
+    lambda model: timm.create_model('test_vit', features_only=True),
+], ids=['compiled', 'parallel', 'features'])
+def test_a_wrapped_model_is_evolved_before(wrap):
+    with pytest.raises(TypeError, match='cannot be evolved, it wraps a VisionTransformer: evolve that, before'):
+        evolve(wrap(VisionTransformer(**SMALL)))
 
 
 def test_public_names():

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from slow_evolution import evolve_slowly
+from torch import nn
 
 from timm_evo import EvoVisionTransformer, EvoVisionTransformerDistilled, evolution
 from timm_evo.schedule import make_schedule, segments
@@ -185,6 +186,31 @@ def test_folding_the_keys_changes_nothing():
     folded = evolution.folded_class_attention(tokens, True, 1, None, weight, bias, num_heads=3, scale=0.5)
     torch.testing.assert_close(folded, plain, rtol=0, atol=1e-12)
     torch.testing.assert_close(plain.sum(1), torch.full((2,), 3., dtype=torch.float64))
+
+
+class LowRank(nn.Module):
+    """A low-rank adapter in the place of a projection, whose own weight is not all that it computes."""
+
+    def __init__(self, linear: nn.Linear, seed: int) -> None:
+        super().__init__()
+        self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+        generator = torch.Generator().manual_seed(seed)
+        self.down = torch.randn(2, linear.in_features, dtype=torch.float64, generator=generator)
+        self.up = torch.randn(linear.out_features, 2, dtype=torch.float64, generator=generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize('kind', ['class token', 'no class token', 'qk norm'])
+@torch.no_grad()
+def test_scores_are_those_of_an_adapted_projection(kind):
+    adapted, merged = build(**KINDS[kind]), build(**KINDS[kind])
+    for i, (block, merged_block) in enumerate(zip(adapted.blocks, merged.blocks, strict=True)):
+        adapter = block.attn.qkv = LowRank(block.attn.qkv, seed=i)
+        merged_block.attn.qkv.weight += adapter.up @ adapter.down
+    images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    torch.testing.assert_close(adapted(images), merged(images), rtol=0, atol=1e-9)
 
 
 def test_scores_that_all_underflow_give_no_nan():

@@ -39,19 +39,36 @@ def project_query_key(
     Returns:
         Queries (B, H, T, d) and keys (B, H, L, d).
     """
-    head_dim = qkv_weight.shape[0] // (3 * num_heads)
     query_weight, key_weight, _ = qkv_weight.chunk(3)
     query_bias = None if qkv_bias is None else qkv_bias.chunk(3)[0]
     key_bias = None if qkv_bias is None else qkv_bias.chunk(3)[1]
     query = F.linear(query_tokens, query_weight, query_bias)
-    query = query.view(query.shape[0], query.shape[1], num_heads, head_dim).transpose(1, 2)
     key = F.linear(tokens, key_weight, key_bias)
-    key = key.view(key.shape[0], key.shape[1], num_heads, head_dim).transpose(1, 2)
-    return query, key
+    return _split_heads(query, num_heads), _split_heads(key, num_heads)
+
+
+@torch.fx.wrap
+def split_query_key(query_qkv: Tensor, qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """The same, where the attention module has projected the tokens itself.
+
+    Args:
+        query_qkv: Queries, keys and values of the tokens to take queries of, side by side (B, T, 3 * H * d).
+        qkv: The same of all tokens (B, L, 3 * H * d).
+        num_heads: Number of heads H.
+
+    Returns:
+        Queries (B, H, T, d) and keys (B, H, L, d).
+    """
+    return _split_heads(query_qkv.chunk(3, dim=2)[0], num_heads), _split_heads(qkv.chunk(3, dim=2)[1], num_heads)
+
+
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, L, H * d) to (B, H, L, d)."""
+    return x.view(x.shape[0], x.shape[1], num_heads, -1).transpose(1, 2)
 
 
 def _softmax(logits: Tensor, scale: float) -> Tensor:
-    """Attention of scaled logits; half precision is raised to float32, because it ties many scores to be ranked."""
+    """Attention of scaled logits; half precision is raised to float32, because its small shares would tie in ranks."""
     if logits.dtype != torch.float64:
         logits = logits.float()
     return (logits * scale).softmax(dim=-1)
@@ -105,9 +122,9 @@ def folded_attention(
     head_dim = qkv_weight.shape[0] // (3 * num_heads)
     query_weight, key_weight, _ = qkv_weight.chunk(3)
     query_bias = None if qkv_bias is None else qkv_bias.chunk(3)[0]
-    query = F.linear(query_tokens, query_weight, query_bias)
+    query = F.linear(query_tokens.flatten(0, 1), query_weight, query_bias)
     query = query.view(batch_size * num_queries, num_heads, head_dim)
-    query = query.transpose(0, 1) @ key_weight.unflatten(0, (num_heads, head_dim))  # (H, B * T, C)
+    query = query.transpose(0, 1).bmm(key_weight.unflatten(0, (num_heads, head_dim)))  # (H, B * T, C)
     query = query.view(num_heads, batch_size, num_queries, tokens.shape[2])
     query = query.transpose(0, 1).flatten(1, 2)  # (B, H * T, C)
     attention = _softmax(query.bmm(tokens.transpose(1, 2)), scale)
@@ -115,7 +132,7 @@ def folded_attention(
 
 
 @torch.fx.wrap
-def query_tokens(tokens: Tensor, class_token: bool, num_prefix_tokens: int, slow: Tensor | None) -> Tensor:
+def looking_tokens(tokens: Tensor, class_token: bool, num_prefix_tokens: int, slow: Tensor | None) -> Tensor:
     """Tokens that look at the others: the class token (B, 1, C), or without one the patch tokens present (B, T, C).
 
     Args:
@@ -155,10 +172,10 @@ def folded_class_attention(
     Returns:
         Attention (B, L), as `class_attention` gives it.
     """
-    query_token = query_tokens(tokens, class_token, num_prefix_tokens, slow)
+    looking = looking_tokens(tokens, class_token, num_prefix_tokens, slow)
     if not class_token:
-        query_token = query_token.mean(dim=1, keepdim=True)
-    return folded_attention(query_token, tokens, qkv_weight, qkv_bias, num_heads, scale).squeeze(2).sum(dim=1)
+        looking = looking.mean(dim=1, keepdim=True)
+    return folded_attention(looking, tokens, qkv_weight, qkv_bias, num_heads, scale).squeeze(2).sum(dim=1)
 
 
 @torch.fx.wrap
@@ -289,7 +306,7 @@ def select_tokens(scores: Tensor, keep_ratio: float, num_prefix_tokens: int) -> 
         raise ValueError(
             f'keep_ratio={keep_ratio} of {num_patches} patch tokens leaves none on the slow path, '
             'use a larger keep_ratio or a larger image.')
-    slow = scores[:, num_prefix_tokens:].topk(num_slow, dim=1)[1]
+    slow = scores[:, num_prefix_tokens:].topk(num_slow, dim=1, sorted=False)[1]  # their order has no meaning
     if num_prefix_tokens == 0:
         return slow
     slow = slow + num_prefix_tokens
@@ -399,8 +416,10 @@ def bias_positions(index: Tensor, slow: Tensor | None, representative: Tensor | 
     """
     if slow is None:
         return None
-    positions = index[slow].gather(2, slow.unsqueeze(1).expand(-1, slow.shape[1], -1))
-    return positions if representative is None else F.pad(positions, (0, 1, 0, 1), value=float(num_biases))
+    if representative is not None:  # stands after the last token of the grid
+        slow = F.pad(slow, (0, 1), value=float(index.shape[0]))
+        index = F.pad(index, (0, 1, 0, 1), value=float(num_biases))
+    return index.flatten()[slow.unsqueeze(2) * index.shape[0] + slow.unsqueeze(1)]
 
 
 @torch.fx.wrap

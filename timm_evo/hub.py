@@ -85,7 +85,7 @@ def save(
         The folder.
 
     Raises:
-        ValueError: The model was dense when it was created, and would be so again.
+        ValueError: The model was dense when it was created, and would be so again; or timm has not created it.
         FileExistsError: The folder is there and `force` is not set, or has other files in it.
     """
     _check_name(model)
@@ -129,7 +129,7 @@ def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = Non
         The commit, which `hf-hub:user/name@commit` loads.
 
     Raises:
-        ValueError: The model was dense when it was created, and would be so again.
+        ValueError: The model was dense when it was created, and would be so again; or timm has not created it.
     """
     _check_name(model)
     return push_to_hf_hub(
@@ -142,6 +142,9 @@ def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = Non
 
 
 def _check_name(model: nn.Module) -> None:
+    if not hasattr(model, 'pretrained_cfg'):
+        raise ValueError(
+            f'{type(model).__name__} cannot be loaded by timm, it has no name: timm.create_model has not made it.')
     name = model.pretrained_cfg['architecture']
     if not name.startswith('evo_'):
         raise ValueError(

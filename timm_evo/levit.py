@@ -31,7 +31,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from . import evolution
 from .arguments import split_arguments
 from .layer_to_stage import LayerToStage
-from .schedule import Schedule, check_layerwise_updates, make_pyramid_schedule
+from .schedule import Schedule, check_flag, check_layerwise_updates, check_slow_tokens, make_pyramid_schedule
 
 __all__ = ['EvoLevit']
 
@@ -41,21 +41,28 @@ if torch.ops.aten.baddbmm_ not in flop_registry:
 
 
 @torch.fx.wrap
-def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> Tensor:
+def _split_heads(x: Tensor, num_heads: int, dims: list[int]) -> list[Tensor]:
+    """Projections of all heads (B, L, H * sum of dims) to one tensor (H * B, L, d) for each of `dims`, copied once."""
+    x = x.view(x.shape[0], x.shape[1], num_heads, sum(dims)).permute(2, 0, 1, 3).flatten(0, 1)
+    return x.split(dims, dim=2)
+
+
+@torch.fx.wrap
+def _attend(query: Tensor, key: Tensor, num_heads: int, scale: float, biases: Tensor | None) -> Tensor:
     """Attention matrix, heads first.
 
     Args:
-        query: Queries (B, Q, H, d).
-        key: Keys (B, L, H, d).
+        query: Queries (H * B, Q, d).
+        key: Keys (H * B, L, d).
+        num_heads: Number of heads H.
         scale: Factor on the products.
         biases: Biases of the grid (H, Q, L), or of each image (H, B, Q, L), which are overwritten.
 
     Returns:
         Attention (H, B, Q, L).
     """
-    batch_size, _, num_heads, _ = query.shape
-    query = query.permute(2, 0, 1, 3).flatten(0, 1)
-    key = key.permute(2, 0, 3, 1).flatten(0, 1)
+    batch_size = query.shape[0] // num_heads
+    key = key.transpose(1, 2)
     if biases is None:
         logits = (query * scale).bmm(key)
     else:
@@ -70,10 +77,10 @@ def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> 
 
 @torch.fx.wrap
 def _gather_values(attention: Tensor, value: Tensor) -> Tensor:
-    """Values (B, L, H, d) by attention (H, B, Q, L), all heads side by side (B, Q, H * d)."""
+    """Values (H * B, L, d) by attention (H, B, Q, L), all heads side by side (B, Q, H * d)."""
     num_heads, batch_size, num_queries, _ = attention.shape
-    gathered = attention.flatten(0, 1).to(value.dtype).bmm(value.permute(2, 0, 1, 3).flatten(0, 1))
-    return gathered.view(num_heads, batch_size, num_queries, value.shape[3]).permute(1, 2, 0, 3).flatten(2)
+    gathered = attention.flatten(0, 1).to(value.dtype).bmm(value)
+    return gathered.view(num_heads, batch_size, num_queries, value.shape[2]).permute(1, 2, 0, 3).flatten(2)
 
 
 class _ScoringAttention(nn.Module):
@@ -173,16 +180,14 @@ class EvoAttention(_ScoringAttention, Attention):
             What the attention adds to the tokens (B, L, C).
             Scores (B, P + N).
         """
-        batch_size, num_tokens, _ = x.shape
-        qkv = self.qkv(x).view(batch_size, num_tokens, self.num_heads, 2 * self.key_dim + self.val_dim)
-        q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
+        q, k, v = _split_heads(self.qkv(x), self.num_heads, [self.key_dim, self.key_dim, self.val_dim])
         biases: Tensor | None = None
         if self.attention_biases is not None:
             if positions is None:
                 biases = self.get_attention_biases(x.device)
             else:
                 biases = evolution.gather_biases(self.attention_biases, positions)
-        attn = _attend(q, k, self.scale, biases)
+        attn = _attend(q, k, self.num_heads, self.scale, biases)
         if self.scored:
             attention = evolution.mean_attention(attn, self.class_token, slow)
             scores = evolution.global_class_attention(scores, attention, self.tradeoff, slow, self.learned())
@@ -222,15 +227,12 @@ class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
         """
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        batch_size, num_tokens, _ = x.shape
-        kv = self.kv(x).view(batch_size, num_tokens, self.num_heads, self.key_dim + self.val_dim)
-        k, v = kv.split([self.key_dim, self.val_dim], dim=3)
-        q = self.q.ln(self.downsample(x))
-        q = q.view(batch_size, q.shape[1], self.num_heads, self.key_dim)
+        k, v = _split_heads(self.kv(x), self.num_heads, [self.key_dim, self.val_dim])
+        q, = _split_heads(self.q.ln(self.downsample(x)), self.num_heads, [self.key_dim])
         biases: Tensor | None = None
         if self.attention_biases is not None:
             biases = self.get_attention_biases(x.device)
-        attn = _attend(q, k, self.scale, biases)
+        attn = _attend(q, k, self.num_heads, self.scale, biases)
         if self.scored:
             assert scores is not None
             attention = evolution.mean_attention(attn, self.class_token, None)
@@ -345,6 +347,10 @@ class EvoLevit(LayerToStage, LevitDistilled):
         Raises:
             ValueError: An argument is outside what is allowed, or leaves no patch token to select.
         """
+        for name, value in dict(
+            learn_tradeoff=learn_tradeoff, fast_update=fast_update, class_token=class_token, class_head=class_head,
+        ).items():
+            check_flag(name, value)
         if self.use_conv:
             raise ValueError("use_conv=True is not allowed, a selection of tokens is no image. timm's linear mode is.")
         if class_head and not (class_token and self.global_pool == 'avg'):
@@ -360,7 +366,7 @@ class EvoLevit(LayerToStage, LevitDistilled):
             raise ValueError(f'tradeoff={tradeoff!r} is not allowed with learn_tradeoff=True, it must be in (0, 1).')
         self.fast_update = fast_update
         self.num_prefix_tokens = 1 if class_token else 0
-        self._check_slow_tokens(schedule)
+        check_slow_tokens(schedule.keep_ratio, [attn.attention_bias_idxs.shape[1] for attn in self._attentions()])
 
         self.cls_token = self.pos_embed = None
         if class_token:
@@ -403,15 +409,6 @@ class EvoLevit(LayerToStage, LevitDistilled):
                 f'img_size={img_size} is not allowed, height and width must be multiples of {stride}: the stages halve '
                 f'a grid of {" x ".join(str(size // stride) for size in img_size)}, the stem would give another.')
         self.img_size = img_size
-
-    def _check_slow_tokens(self, schedule: Schedule) -> None:
-        """Refuse a keep ratio that leaves no slow token in a stage."""
-        for attn, ratio in zip(self._attentions(), schedule.keep_ratio, strict=True):
-            num_patches = attn.attention_bias_idxs.shape[1]
-            if ratio > 0 and int(ratio * num_patches) < 1:
-                raise ValueError(
-                    f'keep_ratio={ratio} of {num_patches} patch tokens leaves none on the slow path, '
-                    f'it must be at least {1 / num_patches:.4g} for a stage of this size.')
 
     def _set_schedule(self, schedule: Schedule) -> None:
         """Tell each stage and attention its part of the schedule."""

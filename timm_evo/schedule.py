@@ -75,7 +75,7 @@ def make_schedule(
     _check_start(start_block, depth)
     if stage_depth is None:
         stage_depth = math.ceil((depth - start_block) / 2)
-    if not isinstance(stage_depth, int) or stage_depth < 1:
+    if not isinstance(stage_depth, int) or isinstance(stage_depth, bool) or stage_depth < 1:
         raise ValueError(f'stage_depth={stage_depth!r} is not allowed, it must be at least 1.')
 
     firsts = [first for first, _ in segments(depth, start_block, stage_depth if selection == 'stage' else 1)]
@@ -162,13 +162,42 @@ def check_layerwise_updates(layerwise_updates: int, selection: str) -> None:
             'follow.')
 
 
+def check_flag(name: str, value: bool) -> None:
+    """Refuse what is no bool: a string, as timm's scripts make of `false`, would be taken as true.
+
+    Raises:
+        ValueError: What is not allowed, and what is.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f'{name}={value!r} is not allowed, it must be True or False.')
+
+
+def check_slow_tokens(keep_ratio: Sequence[float], num_patches: Sequence[int]) -> None:
+    """Refuse a keep ratio that leaves no slow token.
+
+    Args:
+        keep_ratio: Of each entry of a schedule.
+        num_patches: Patch tokens that each has to select from.
+
+    Raises:
+        ValueError: What is not allowed, and what is.
+    """
+    for ratio, number in zip(keep_ratio, num_patches, strict=True):
+        if ratio > 0 and int(ratio * number) < 1:
+            raise ValueError(
+                f'keep_ratio={ratio} of {number} patch tokens leaves none on the slow path, it must be at least '
+                f'{1 / number:.4g} here.')
+
+
 def _check_selection(selection: str) -> None:
     if selection not in ('stage', 'layer'):
         raise ValueError(f"selection={selection!r} is not known, it must be 'stage' or 'layer'.")
 
 
 def _check_start(start_block: int, depth: int) -> None:
-    if not isinstance(start_block, int) or not 1 <= start_block < depth:
+    if depth < 2:
+        raise ValueError(f'A model of {depth} block cannot be evolved, a block before it has to give the first scores.')
+    if not isinstance(start_block, int) or isinstance(start_block, bool) or not 1 <= start_block < depth:
         raise ValueError(
             f'start_block={start_block!r} is not allowed, it must be in 1..{depth - 1} for a model of {depth} blocks.')
 

@@ -16,13 +16,14 @@ from timm.layers import to_2tuple
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.levit import Levit, LevitDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
 from . import evolution, short_block
 from .arguments import split_arguments
 from .layer_to_stage import LayerToStage
-from .schedule import Schedule, check_layerwise_updates, cut_schedule, make_schedule
+from .schedule import check_flag, check_layerwise_updates, check_slow_tokens, cut_schedule, make_schedule
 
 __all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve', 'restore']
 
@@ -89,6 +90,7 @@ class TokenEvolution(LayerToStage):
                     f'{type(block).__name__} with {type(getattr(block, "attn", None)).__name__} cannot be evolved: '
                     'class attention is computed beside a block, from its `norm1` and the `qkv` of its `attn`, and '
                     "only timm's Block with Attention is known to have them so.")
+        check_flag('class_head', class_head)
         dense = _attribute_names(self)
         self._depth = len(self.blocks)  # of the schedule; pruning leaves fewer blocks
         self.qk_norm = any(not isinstance(block.attn.q_norm, nn.Identity) for block in self.blocks)
@@ -111,7 +113,8 @@ class TokenEvolution(LayerToStage):
         if unknown:
             raise TypeError(f'{unknown[0]} cannot be set, only {", ".join(self.evolution)} can.')
         self._set_evolution(**self.evolution | arguments)
-        if hasattr(self, '_model_args'):  # where a newer timm notes what it saves a model with
+        # where a newer timm notes what it saves a model with; one that `evolve` has made is saved as dense
+        if hasattr(self, '_model_args') and _architecture(self).startswith('evo_'):
             self._model_args = self._model_args | arguments
 
     def _set_evolution(
@@ -124,10 +127,12 @@ class TokenEvolution(LayerToStage):
             fast_update: bool,
             layerwise_updates: int,
     ) -> None:
+        check_flag('fast_update', fast_update)
         check_layerwise_updates(layerwise_updates, selection)
         schedule = make_schedule(self._depth, keep_ratio, start_block, stage_depth, selection, tradeoff)
         schedule = cut_schedule(schedule, len(self.blocks))
-        self._check_slow_tokens(schedule, self.patch_embed.num_patches)
+        if self.patch_embed.num_patches is not None:  # known only with an image, if no size was given
+            check_slow_tokens(schedule.keep_ratio, [self.patch_embed.num_patches] * len(schedule.keep_ratio))
         self.fast_update = fast_update
         self.evolution = dict(
             keep_ratio=keep_ratio, start_block=start_block, stage_depth=stage_depth, selection=selection,
@@ -137,15 +142,6 @@ class TokenEvolution(LayerToStage):
     def _init_class_head(self, class_head: bool) -> None:
         if class_head:
             raise ValueError(f'class_head=True is not allowed, {type(self).__name__} has no patch-mean head beside it.')
-
-    @staticmethod
-    def _check_slow_tokens(schedule: Schedule, num_patches: int) -> None:
-        """Refuse a keep ratio that leaves no slow token."""
-        for ratio in schedule.keep_ratio:
-            if ratio > 0 and int(ratio * num_patches) < 1:
-                raise ValueError(
-                    f'keep_ratio={ratio} of {num_patches} patch tokens leaves none on the slow path, '
-                    f'it must be at least {1 / num_patches:.4g} for this image size.')
 
     def set_input_size(
             self,
@@ -160,7 +156,7 @@ class TokenEvolution(LayerToStage):
                 to_2tuple(img_size or embed.img_size), embed.feat_ratio(as_scalar=False), embed.patch_size,
                 to_2tuple(patch_size or embed.patch_size), strict=True)
         ]
-        self._check_slow_tokens(self.schedule, math.prod(grid))
+        check_slow_tokens(self.schedule.keep_ratio, [math.prod(grid)] * len(self.schedule.keep_ratio))
         super().set_input_size(img_size=img_size, patch_size=patch_size)
 
     def prune_intermediate_layers(
@@ -222,15 +218,24 @@ class TokenEvolution(LayerToStage):
 
             if scored[i]:
                 attn = block.attn
-                if self.qk_norm:
-                    y = block.norm1(tokens)
-                    query = evolution.query_tokens(y, self.has_class_token, num_prefix, slow)
-                    q, k = evolution.project_query_key(query, y, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
-                    attention = evolution.class_attention(attn.q_norm(q).mean(dim=2), attn.k_norm(k), attn.scale)
-                else:  # the normalised tokens get no name, which would keep them in memory while the block runs
+                has_weight = True
+                if not torch.jit.is_scripting():  # else it is a low-rank adapter around the weights, or quantized
+                    has_weight = type(attn.qkv) is nn.Linear
+                if has_weight and not self.qk_norm:
+                    # the normalised tokens get no name, which would keep them in memory while the block runs
                     attention = evolution.folded_class_attention(
                         block.norm1(tokens), self.has_class_token, num_prefix, slow,
                         attn.qkv.weight, attn.qkv.bias, attn.num_heads, attn.scale)
+                else:
+                    y = block.norm1(tokens)
+                    if has_weight:
+                        looking = evolution.looking_tokens(y, self.has_class_token, num_prefix, slow)
+                        q, k = evolution.project_query_key(looking, y, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
+                    else:
+                        y = attn.qkv(y)
+                        looking = evolution.looking_tokens(y, self.has_class_token, num_prefix, slow)
+                        q, k = evolution.split_query_key(looking, y, attn.num_heads)
+                    attention = evolution.class_attention(attn.q_norm(q).mean(dim=2), attn.k_norm(k), attn.scale)
                 scores = evolution.global_class_attention(scores, attention, tradeoff[i], slow)
 
             if num_read is not None and not torch.jit.is_scripting():
@@ -268,8 +273,9 @@ class TokenEvolution(LayerToStage):
         _refuse_mask(attn_mask, is_causal)
         num_read: int | None = None
         if not torch.jit.is_scripting():  # TorchScript can't pass modules on
-            if short_block.can_be_short(self.blocks[-1]):
-                num_read = self._num_read()
+            num_read = self._num_read()
+            if num_read is not None and not short_block.can_be_short(self.blocks[-1]):
+                num_read = None
         x, _ = self._forward_blocks(self._embed(x), [], num_read=num_read)
         return self.forward_head(self.norm(x))
 
@@ -454,6 +460,13 @@ def _check_class(model: nn.Module) -> None:
     name = dense_cls.__name__
     if isinstance(model, TokenEvolution):
         raise TypeError(f'{name} is evolved already, its set_evolution changes the arguments.')
+    if isinstance(model, (Levit, LevitDistilled)):
+        raise TypeError(f"{name} cannot be evolved as it is, create it by timm.create_model('evo_levit_*').")
+    wrapped = [child for child in model.children() if isinstance(child, VisionTransformer)]
+    if wrapped and not isinstance(model, VisionTransformer):
+        raise TypeError(
+            f'{name} cannot be evolved, it wraps a {type(wrapped[0]).__name__}: evolve that, before it is wrapped, '
+            'compiled or turned into a backbone.')
     if not isinstance(model, VisionTransformer):
         names = ' '.join(name for name, _ in [*model.named_parameters(), *model.named_modules()])
         if 'rel_pos' in names or 'relative_position' in names:
@@ -484,6 +497,9 @@ def evolve(model: VisionTransformer, **evolution_args) -> TokenEvolution:
         ValueError: An argument is outside what is allowed.
     """
     _check_class(model)
+    _, unknown = split_arguments(TokenEvolution.init_evolution, evolution_args)
+    if unknown:
+        raise TypeError(f'{next(iter(unknown))} is no argument of evolution, see TokenEvolution.init_evolution.')
     dense_cls = type(model)
     dense = _attribute_names(model)
     model.__class__ = _evolved_class(dense_cls)
@@ -508,9 +524,22 @@ def restore(model: TokenEvolution) -> VisionTransformer:
         TypeError: The model is not evolved.
     """
     if not isinstance(model, TokenEvolution):
+        if isinstance(model, LayerToStage):
+            raise TypeError(f'{type(model).__name__} cannot be restored, only a vision transformer can.')
         raise TypeError(f'{type(model).__name__} is not evolved, there is nothing to restore.')
+    evolution_args = {*model.evolution, 'class_head'}
     _take_away(model, model._added)
+    if _architecture(model).startswith('evo_'):  # what timm saves is dense, too
+        architecture = _architecture(model).removeprefix('evo_')
+        model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | {'architecture': architecture}
+        if hasattr(model, '_model_args'):
+            model._model_args = {k: v for k, v in model._model_args.items() if k not in evolution_args}
     return model
+
+
+def _architecture(model: nn.Module) -> str:
+    """Name that timm has created a model by, if it has."""
+    return getattr(model, 'pretrained_cfg', {}).get('architecture', '')
 
 
 def _attribute_names(model: nn.Module) -> set[str]:

@@ -1,0 +1,32 @@
+"""On a CUDA device, without one: tensors that have shapes and a device but no values show what a model asks of it."""
+import pytest
+import timm
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(tensor.shape, device='cuda', dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+@pytest.mark.parametrize('training, dtype', [(False, torch.bfloat16), (True, torch.float32)])
+@pytest.mark.parametrize('name, settings', [
+    ('evo_deit_tiny_patch16_224', dict()),
+    ('evo_deit_tiny_patch16_224', dict(selection='layer', global_pool='avg', class_head=True)),
+    ('evo_deit_tiny_distilled_patch16_224', dict(fast_update=False)),
+    ('evo_vit_tiny_patch16_224', dict(class_token=False, global_pool='avg', qk_norm=True)),
+    ('evo_levit_128s', dict()),
+    ('evo_levit_cls_128s', dict()),
+])
+@torch.no_grad()
+def test_the_cpu_never_waits_for_the_gpu(name, settings, training, dtype):
+    """No value is read back, which such tensors refuse, and no tensor of another device takes part."""
+    model = timm.create_model(name, num_classes=5, **settings).train(training)
+    with FakeTensorMode():
+        state = {
+            key: empty_like(tensor, dtype) for key, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        images = torch.empty(4, *model.default_cfg['input_size'], device='cuda', dtype=dtype)
+        logits = functional_call(model, state, images)
+        assert logits.device.type == 'cuda' and logits.dtype == dtype and logits.shape == (4, 5)
