@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.13
 OLDEST_TESTS := faithful method short_block levit layer_to_stage every_vit timm_api errors
 # the models that `make timm-suite` runs timm's own tests over, and those of `make test`
-MODELS ?= evo_* aimv2_* beit3_* deit* eva_large_patch14_* levit_128s levit_128 levit_192 levit_256 levit_384 test_vit* vit_*
-FEW_MODELS := evo_test_vit evo_test_vit2 evo_test_vit3 evo_deit_tiny_patch16_224 evo_deit_tiny_distilled_patch16_224 evo_levit_128s evo_levit_cls_128s
+MODELS ?= evo_* aimv2_* beit3_* deit* eva_large_patch14_* flexivit_* levit_128s levit_128 levit_192 levit_256 levit_384 test_vit* vit_*
+FEW_MODELS := evo_test_vit evo_test_vit2 evo_test_vit3 evo_vit_xsmall_patch16_clip_224 evo_vit_tiny_r_s16_p8_224 \
+	evo_deit3_small_patch16_224 evo_deit_tiny_patch16_224 evo_deit_tiny_distilled_patch16_224 evo_levit_128s evo_levit_cls_128s
 
 .PHONY: demo test lint tests tests-oldest-timm timm-suite few-of-timm-suite clean
 
@@ -44,10 +45,11 @@ $(VENV)/timm-$(OLDEST_TIMM): $(VENV)/ready
 
 # timm's tests are in its source distribution, not in its wheel.
 $(VENV)/timm-suite: $(VENV)/ready
-	rm -rf $@ && mkdir $@
-	$(BIN)/python -m pip download --quiet --no-deps --no-binary timm --dest $@ \
+	rm -rf $@ $@.part && mkdir $@.part
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary timm --dest $@.part \
 		timm==$$($(BIN)/python -c 'import timm; print(timm.__version__)')
-	tar -xzf $@/timm-*.tar.gz -C $@ --strip-components 1
+	tar -xzf $@.part/timm-*.tar.gz -C $@.part --strip-components 1
+	mv $@.part $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

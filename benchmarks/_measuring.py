@@ -107,7 +107,7 @@ class Step:
     """What is timed: a batch through a model, in training with an update of its weights for random targets.
 
     Args:
-        model: On the device of `batch`.
+        model: In evaluation mode, on the device of `batch`.
         batch: Images.
         train: Whether to train with AdamW.
         compile_mode: One of `COMPILE_MODES`, not compiled if None.
@@ -122,7 +122,8 @@ class Step:
             compile_mode: str | None,
             autocast: torch.dtype | None,
     ) -> None:
-        self.model = model.train(train)
+        # evaluation mode is not set anew, because LeViT then forgets the biases that a compilation has seen
+        self.model = model.train() if train else model
         self.batch = batch
         self.autocast = torch.autocast(batch.device.type, dtype=autocast, enabled=autocast is not None)
         self.optimizer = torch.optim.AdamW(model.parameters()) if train else None
@@ -180,7 +181,8 @@ def measure_memory(step: Step) -> int:
     which the first step has made), and on top of it the most that PyTorch's allocator has given to this step at any
     time: activations, gradients, temporary tensors. On CUDA that is the allocator's own count of the peak, on a CPU
     the running sum of what the profiler sees allocated and freed. Not counted: other models, memory that an allocator
-    keeps without using it, and what libraries (oneDNN, OpenMP, cuBLAS between steps) take for themselves.
+    keeps without using it, biases that LeViT caches, and what libraries (oneDNN, OpenMP, cuBLAS between steps) take for
+    themselves.
 
     It is the second step because CUDA graphs are recorded then; replayed, they do without the allocator.
     """

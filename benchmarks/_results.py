@@ -53,14 +53,15 @@ def write_results(prefix: Path, title: str, table: str, record: dict, figure: Fi
         prefix: What comes before the suffixes.
         title: Of table and plot.
         table: Markdown.
-        record: What goes to JSON beside the environment; its `settings` have `device`, `dtype`, maybe `autocast`, and
-            `batch_size`.
+        record: What goes to JSON beside the environment; its `settings` have `device`, `dtype`, maybe `autocast`,
+            `batch_size` (one or several) and `rounds`.
         figure: The plot.
     """
     settings = record['settings']
     environment = describe_environment(torch.device(settings['device']))
     dtype = f'autocast to {settings["autocast"]}' if settings.get('autocast') else settings['dtype']
-    speed = f'speed: {dtype}, batch {settings["batch_size"]}, median of {settings["rounds"]} rounds'
+    batch_sizes = settings['batch_size'] if isinstance(settings['batch_size'], list) else [settings['batch_size']]
+    speed = f'speed: {dtype}, batch {" and ".join(map(str, batch_sizes))}, median of {settings["rounds"]} rounds'
     text = f'{title}\n\n{table}\n{summarise_environment(environment)}; {speed}.\n'
     json_file, table_file, plot_file = (prefix.with_name(prefix.name + suffix) for suffix in SUFFIXES)
     with replacing(json_file) as part:

@@ -51,7 +51,7 @@ def format_table(rows: list[dict]) -> str:
             ])
     header = [
         'image size', 'batch', 'model', 'ms/image', 'ratio to dense', 'FLOP limit', 'reached', 'memory (MB)',
-        'ratio to dense']
+        'memory ratio']
     return markdown_table(header, lines)
 
 
