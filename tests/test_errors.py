@@ -98,7 +98,8 @@ def test_a_single_block_has_nothing_to_select_by():
 
 def test_an_image_too_small_is_found_where_no_size_was_given():
     dense = timm.models.VisionTransformer(
-        img_size=None, pos_embed='none', no_embed_class=True, embed_dim=24, depth=4, num_heads=2)
+        img_size=None, pos_embed='none', no_embed_class=True, class_token=False, global_pool='avg',
+        embed_dim=24, depth=4, num_heads=2)
     model = vision_transformer.evolve(dense, keep_ratio=0.2)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
     with pytest.raises(ValueError, match='keep_ratio=0.2 of 4 patch tokens leaves none'):
