@@ -156,7 +156,7 @@ def format_setting(record: dict) -> str:
     settings = record['settings']
     parts = [
         'training' if settings['train'] else 'inference',
-        f'autocast to {settings["autocast"]}' if settings['autocast'] else settings['dtype'],
+        f'autocast to {settings["autocast"]}' if settings.get('autocast') else settings['dtype'],
         f'batch {settings["batch_size"]}',
         f'{settings["img_size"]} pixels' if settings['img_size'] else '',
         f'compiled ({settings["compile_mode"]})' if settings['compile_mode'] else 'eager',

@@ -102,6 +102,7 @@ def test_an_image_too_small_is_found_where_no_size_was_given():
         embed_dim=24, depth=4, num_heads=2)
     model = vision_transformer.evolve(dense, keep_ratio=0.2)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    model.set_input_size(patch_size=16)
     with pytest.raises(ValueError, match='keep_ratio=0.2 of 4 patch tokens leaves none'):
         model(torch.randn(1, 3, 32, 32))
 

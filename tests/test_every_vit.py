@@ -188,6 +188,15 @@ def test_device_and_dtype_stay(device, dtype):
     assert model.num_updates.device.type == device
 
 
+def test_weights_may_be_loaded_less_strictly_as_in_timm():
+    weights = timm.create_model('test_vit').state_dict()
+    weights.pop('head.bias')
+    overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights))
+    timm.create_model('evo_test_vit', pretrained_strict=False, **overlay)
+    with pytest.raises(RuntimeError, match='head.bias'):
+        timm.create_model('evo_test_vit', **overlay)
+
+
 def test_the_input_size_of_a_hybrid_is_that_of_its_image():
     model = evolve(create('vit_tiny_r_s16_p8_224'), keep_ratio=0.2)  # a patch is 32 pixels wide
     with pytest.raises(ValueError, match='keep_ratio=0.2 of 4 patch tokens'):
@@ -336,7 +345,8 @@ def test_a_restored_model_is_saved_as_dense(name, tmp_path):
     if name == 'test_vit':
         evolve(model)
     model.set_evolution(keep_ratio=0.7)
-    save_for_hf(restore(model), tmp_path / 'model', safe_serialization=True)
+    assert restore(model).pretrained_cfg['architecture'] == 'test_vit'
+    save_for_hf(model, tmp_path / 'model', safe_serialization=True)
     loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
     x = torch.randn(2, 3, 160, 160)
     assert type(loaded) is VisionTransformer and torch.equal(loaded(x), model(x))
@@ -409,7 +419,7 @@ def test_other_refusals():
     lambda model: timm.create_model('test_vit', features_only=True),
 ], ids=['compiled', 'parallel', 'features'])
 def test_a_wrapped_model_is_evolved_before(wrap):
-    with pytest.raises(TypeError, match='cannot be evolved, it wraps a VisionTransformer: evolve that, before'):
+    with pytest.raises(TypeError, match='cannot be evolved, it wraps VisionTransformer: evolve that, before'):
         evolve(wrap(VisionTransformer(**SMALL)))
 
 

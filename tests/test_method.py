@@ -151,9 +151,11 @@ def test_output_of_an_image_does_not_depend_on_the_rest_of_its_batch(selection, 
 
 @pytest.mark.parametrize('batch_size', [0, 1])
 @pytest.mark.parametrize('training', [False, True])
-def test_small_batches_work_as_in_the_dense_model(batch_size, training):
-    dense = timm.create_model('deit_tiny_patch16_224', img_size=64, depth=6).train(training)
-    evolved = timm.create_model('evo_deit_tiny_patch16_224', img_size=64, depth=6).train(training)
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_small_batches_work_as_in_the_dense_model(batch_size, training, qk_norm):
+    settings = dict(img_size=64, depth=6, qk_norm=qk_norm)
+    dense = timm.create_model('deit_tiny_patch16_224', **settings).train(training)
+    evolved = timm.create_model('evo_deit_tiny_patch16_224', **settings).train(training)
     images = torch.randn(batch_size, 3, 64, 64)
     assert evolved(images).shape == dense(images).shape == (batch_size, 1000)
     assert evolved.forward_features(images).shape == dense.forward_features(images).shape

@@ -51,13 +51,13 @@ class _Family(NamedTuple):
         build: From the name of timm's dense model and the arguments of the evolved one to a model without weights.
         filter_fn: timm's filter for checkpoints of the family.
         out_indices: Default of `features_only=True`, as in timm.
-        global_pool: Default pooling of a family whose checkpoints have an attention pool, which timm leaves out of
+        default_pool: Default pooling of a family whose checkpoints have an attention pool, which timm leaves out of
             models that pool otherwise; None where they have none.
     """
     build: Callable[..., nn.Module]
     filter_fn: Callable[..., dict]
     out_indices: int | tuple[int, ...]
-    global_pool: str | None = None
+    default_pool: str | None = None
 
 
 def _build_vit(dense: str, **kwargs) -> nn.Module:
@@ -72,8 +72,8 @@ def _build_levit(dense: str, **kwargs) -> nn.Module:
 _VIT = _Family(_build_vit, vit_filter_fn, 3)
 _DEIT = _Family(_build_vit, partial(vit_filter_fn, adapt_layer_scale=True), 3)
 _FLEXI = _Family(_build_vit, partial(vit_filter_fn, interpolation='bilinear', antialias=False), 3)
-_SIGLIP = _VIT._replace(global_pool='map')
-_SIGLIP_GAP = _VIT._replace(global_pool='avg')
+_SIGLIP = _VIT._replace(default_pool='map')
+_SIGLIP_GAP = _VIT._replace(default_pool='avg')
 _HYBRID = _Family(_build_vit, hybrid_filter_fn, 3)
 _LEVIT = _Family(_build_levit, levit_filter_fn, (0, 1, 2))
 
@@ -86,7 +86,9 @@ def _create(variant: str, dense: str, family: _Family, pretrained: bool = False,
             f'pretrained=True is not allowed for {variant}, the Hugging Face Hub has no weights of it. Checkpoints of '
             "the authors' DeiT and LeViT are converted by timm-evo convert.")
     out_indices = kwargs.pop('out_indices', family.out_indices)
-    is_strict = family.global_pool is None or kwargs.get('global_pool', family.global_pool) == 'map'
+    is_strict = kwargs.pop('pretrained_strict', True)
+    if family.default_pool is not None and kwargs.get('global_pool', family.default_pool) != 'map':
+        is_strict = False
     with download.checked_weights(variant, cfg, kwargs.get('cache_dir')) if pretrained else nullcontext():
         return build_model_with_cfg(
             partial(family.build, dense),

@@ -49,7 +49,7 @@ def project_query_key(
 
 @torch.fx.wrap
 def split_query_key(query_qkv: Tensor, qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """The same, where the attention module has projected the tokens itself.
+    """Queries of some tokens and keys of all, where the attention module has projected the tokens itself.
 
     Args:
         query_qkv: Queries, keys and values of the tokens to take queries of, side by side (B, T, 3 * H * d).
@@ -64,7 +64,7 @@ def split_query_key(query_qkv: Tensor, qkv: Tensor, num_heads: int) -> tuple[Ten
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, L, H * d) to (B, H, L, d)."""
-    return x.view(x.shape[0], x.shape[1], num_heads, -1).transpose(1, 2)
+    return x.view(x.shape[0], x.shape[1], num_heads, x.shape[2] // num_heads).transpose(1, 2)
 
 
 def _softmax(logits: Tensor, scale: float) -> Tensor:
@@ -132,7 +132,7 @@ def folded_attention(
 
 
 @torch.fx.wrap
-def looking_tokens(tokens: Tensor, class_token: bool, num_prefix_tokens: int, slow: Tensor | None) -> Tensor:
+def select_query_tokens(tokens: Tensor, class_token: bool, num_prefix_tokens: int, slow: Tensor | None) -> Tensor:
     """Tokens that look at the others: the class token (B, 1, C), or without one the patch tokens present (B, T, C).
 
     Args:
@@ -172,10 +172,10 @@ def folded_class_attention(
     Returns:
         Attention (B, L), as `class_attention` gives it.
     """
-    looking = looking_tokens(tokens, class_token, num_prefix_tokens, slow)
+    querying = select_query_tokens(tokens, class_token, num_prefix_tokens, slow)
     if not class_token:
-        looking = looking.mean(dim=1, keepdim=True)
-    return folded_attention(looking, tokens, qkv_weight, qkv_bias, num_heads, scale).squeeze(2).sum(dim=1)
+        querying = querying.mean(dim=1, keepdim=True)
+    return folded_attention(querying, tokens, qkv_weight, qkv_bias, num_heads, scale).squeeze(2).sum(dim=1)
 
 
 @torch.fx.wrap

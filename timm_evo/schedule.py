@@ -76,7 +76,7 @@ def make_schedule(
     if stage_depth is None:
         stage_depth = math.ceil((depth - start_block) / 2)
     if not isinstance(stage_depth, int) or isinstance(stage_depth, bool) or stage_depth < 1:
-        raise ValueError(f'stage_depth={stage_depth!r} is not allowed, it must be at least 1.')
+        raise ValueError(f'stage_depth={stage_depth!r} is not allowed, it must be a whole number of at least 1.')
 
     firsts = [first for first, _ in segments(depth, start_block, stage_depth if selection == 'stage' else 1)]
     begins = _begin_segments(depth, firsts, keep_ratio)
@@ -186,7 +186,7 @@ def check_slow_tokens(keep_ratio: Sequence[float], num_patches: Sequence[int]) -
         if ratio > 0 and int(ratio * number) < 1:
             raise ValueError(
                 f'keep_ratio={ratio} of {number} patch tokens leaves none on the slow path, it must be at least '
-                f'{1 / number:.4g} here.')
+                f'{math.ceil(1e4 / number) / 1e4:g} here.')
 
 
 def _check_selection(selection: str) -> None:
@@ -196,7 +196,8 @@ def _check_selection(selection: str) -> None:
 
 def _check_start(start_block: int, depth: int) -> None:
     if depth < 2:
-        raise ValueError(f'A model of {depth} block cannot be evolved, a block before it has to give the first scores.')
+        raise ValueError(
+            f'A model of {depth} block cannot be evolved: the first one only gives scores, so it takes at least 2.')
     if not isinstance(start_block, int) or isinstance(start_block, bool) or not 1 <= start_block < depth:
         raise ValueError(
             f'start_block={start_block!r} is not allowed, it must be in 1..{depth - 1} for a model of {depth} blocks.')

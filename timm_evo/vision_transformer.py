@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.fx
 from timm.layers import to_2tuple
-from timm.models import checkpoint
+from timm.models import checkpoint, is_model
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.levit import Levit, LevitDistilled
+from timm.models.levit import Levit
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
@@ -150,13 +150,15 @@ class TokenEvolution(LayerToStage):
     ) -> None:
         """Update the input image resolution and patch size, as timm's."""
         embed = self.patch_embed
-        grid = [
-            size // (reduction // old_patch * new_patch)  # a hybrid reduces the image before it makes patches
-            for size, reduction, old_patch, new_patch in zip(
-                to_2tuple(img_size or embed.img_size), embed.feat_ratio(as_scalar=False), embed.patch_size,
-                to_2tuple(patch_size or embed.patch_size), strict=True)
-        ]
-        check_slow_tokens(self.schedule.keep_ratio, [math.prod(grid)] * len(self.schedule.keep_ratio))
+        img_size_after = img_size or embed.img_size
+        if img_size_after is not None:
+            grid = [
+                size // (reduction // old_patch * new_patch)  # a hybrid reduces the image before it makes patches
+                for size, reduction, old_patch, new_patch in zip(
+                    to_2tuple(img_size_after), embed.feat_ratio(as_scalar=False), embed.patch_size,
+                    to_2tuple(patch_size or embed.patch_size), strict=True)
+            ]
+            check_slow_tokens(self.schedule.keep_ratio, [math.prod(grid)] * len(self.schedule.keep_ratio))
         super().set_input_size(img_size=img_size, patch_size=patch_size)
 
     def prune_intermediate_layers(
@@ -219,7 +221,7 @@ class TokenEvolution(LayerToStage):
             if scored[i]:
                 attn = block.attn
                 has_weight = True
-                if not torch.jit.is_scripting():  # else it is a low-rank adapter around the weights, or quantized
+                if not torch.jit.is_scripting():  # TorchScript can't ask; else it is an adapter around it, or quantized
                     has_weight = type(attn.qkv) is nn.Linear
                 if has_weight and not self.qk_norm:
                     # the normalised tokens get no name, which would keep them in memory while the block runs
@@ -229,12 +231,12 @@ class TokenEvolution(LayerToStage):
                 else:
                     y = block.norm1(tokens)
                     if has_weight:
-                        looking = evolution.looking_tokens(y, self.has_class_token, num_prefix, slow)
-                        q, k = evolution.project_query_key(looking, y, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
+                        querying = evolution.select_query_tokens(y, self.has_class_token, num_prefix, slow)
+                        q, k = evolution.project_query_key(querying, y, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
                     else:
                         y = attn.qkv(y)
-                        looking = evolution.looking_tokens(y, self.has_class_token, num_prefix, slow)
-                        q, k = evolution.split_query_key(looking, y, attn.num_heads)
+                        querying = evolution.select_query_tokens(y, self.has_class_token, num_prefix, slow)
+                        q, k = evolution.split_query_key(querying, y, attn.num_heads)
                     attention = evolution.class_attention(attn.q_norm(q).mean(dim=2), attn.k_norm(k), attn.scale)
                 scores = evolution.global_class_attention(scores, attention, tradeoff[i], slow)
 
@@ -460,12 +462,14 @@ def _check_class(model: nn.Module) -> None:
     name = dense_cls.__name__
     if isinstance(model, TokenEvolution):
         raise TypeError(f'{name} is evolved already, its set_evolution changes the arguments.')
-    if isinstance(model, (Levit, LevitDistilled)):
+    if isinstance(model, LayerToStage):
+        raise TypeError(f'{name} is evolved already.')
+    if isinstance(model, Levit):
         raise TypeError(f"{name} cannot be evolved as it is, create it by timm.create_model('evo_levit_*').")
     wrapped = [child for child in model.children() if isinstance(child, VisionTransformer)]
     if wrapped and not isinstance(model, VisionTransformer):
         raise TypeError(
-            f'{name} cannot be evolved, it wraps a {type(wrapped[0]).__name__}: evolve that, before it is wrapped, '
+            f'{name} cannot be evolved, it wraps {type(wrapped[0]).__name__}: evolve that, before it is wrapped, '
             'compiled or turned into a backbone.')
     if not isinstance(model, VisionTransformer):
         names = ' '.join(name for name, _ in [*model.named_parameters(), *model.named_modules()])
@@ -529,8 +533,8 @@ def restore(model: TokenEvolution) -> VisionTransformer:
         raise TypeError(f'{type(model).__name__} is not evolved, there is nothing to restore.')
     evolution_args = {*model.evolution, 'class_head'}
     _take_away(model, model._added)
-    if _architecture(model).startswith('evo_'):  # what timm saves is dense, too
-        architecture = _architecture(model).removeprefix('evo_')
+    architecture = _architecture(model).removeprefix('evo_')
+    if architecture != _architecture(model) and is_model(architecture):  # what timm saves is dense, too
         model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | {'architecture': architecture}
         if hasattr(model, '_model_args'):
             model._model_args = {k: v for k, v in model._model_args.items() if k not in evolution_args}
