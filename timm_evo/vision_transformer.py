@@ -220,8 +220,9 @@ class TokenEvolution(LayerToStage):
 
             if scored[i]:
                 attn = block.attn
+                # whether the weight is all that the projection computes, as with no adapter or quantized layer
                 has_weight = True
-                if not torch.jit.is_scripting():  # TorchScript can't ask; else it is an adapter around it, or quantized
+                if not torch.jit.is_scripting():  # TorchScript can't ask for types
                     has_weight = type(attn.qkv) is nn.Linear
                 if has_weight and not self.qk_norm:
                     # the normalised tokens get no name, which would keep them in memory while the block runs
