@@ -5,8 +5,11 @@ Nothing tells the model about updates: the loops here are those of any training 
 import copy
 import gc
 import io
+import sys
+import threading
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -17,6 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from timm_evo import evolve
 from timm_evo.schedule import make_layerwise, make_pyramid_schedule, make_schedule
 
 DEIT = dict(img_size=32, patch_size=4, embed_dim=32, depth=6, num_heads=2, num_classes=7, start_block=2, stage_depth=2)
@@ -236,6 +240,65 @@ def test_steps_of_timms_optimizers_count_once(opt):
     assert model.num_updates == 7
 
 
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer that leaves the steps to another one, which has the same parameters."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class Derived(torch.optim.SGD):
+    """An optimizer that extends the step of its base class, both of which PyTorch calls back after."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize('optimizer_of', [
+    lambda parameters: Wrapper(torch.optim.SGD(parameters, lr=1e-3)),
+    lambda parameters: Wrapper(Wrapper(torch.optim.SGD(parameters, lr=1e-3))),
+    lambda parameters: Derived(parameters, lr=1e-3),
+], ids=['wrapped', 'wrapped twice', 'derived'])
+@pytest.mark.parametrize('num_optimizers', [1, 2])
+def test_a_step_within_a_step_of_the_same_weights_counts_once(optimizer_of, num_optimizers):
+    sgd(nn.Linear(7, 7))  # PyTorch follows the step of a class from its first optimizer on
+    model = counting()
+    parameters = list(model.parameters())
+    optimizers = [optimizer_of(parameters[i::num_optimizers]) for i in range(num_optimizers)]
+    for updates in range(1, N + 1):
+        for optimizer in optimizers:
+            optimizer.step()
+        assert model.num_updates == updates
+
+
+def test_a_step_within_a_step_of_other_weights_counts_for_each_model():
+    outer, middle, inner = models = [counting() for _ in range(3)]
+    outer_optimizer, middle_optimizer, inner_optimizer = map(sgd, models)
+    for updates in range(1, N + 1):
+        outer_optimizer.step(lambda: middle_optimizer.step(inner_optimizer.step))
+        assert [model.num_updates for model in models] == [updates] * 3
+
+
+def test_a_failed_step_within_a_step_does_not_hide_it():
+    model, other = counting(), counting()
+    optimizer, other_optimizer = sgd(model), sgd(other)
+
+    def fail() -> float:
+        raise ValueError
+
+    def closure() -> None:
+        with pytest.raises(ValueError):
+            other_optimizer.step(fail)
+
+    for updates in range(1, N + 1):
+        optimizer.step(closure)
+        assert (model.num_updates, other.num_updates) == (updates, 0)
+
+
 def test_a_failed_step_neither_counts_nor_stops_the_count():
     model = counting()
     optimizer = sgd(model)
@@ -257,6 +320,60 @@ def test_a_model_is_not_kept_alive_by_the_count():
     del model
     gc.collect()
     assert reference() is None
+
+
+@pytest.fixture
+def switching_threads():
+    """Python turns to another thread as often as it can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_models_in_many_threads_count_right(switching_threads):
+    """Some are created, copied, changed and dropped while optimizers of others make their steps."""
+    def work(name: str) -> list[int]:
+        counts = []
+        for trained in (model := timm.create_model(name, **MODELS[name], layerwise_updates=N), copy.deepcopy(model)):
+            optimizer = sgd(trained)
+            for updates in range(5):
+                trained.add_module(f'added{updates}', nn.Identity())
+                optimizer.step()
+            counts.append(int(trained.num_updates))
+        return counts
+
+    with ThreadPoolExecutor(8) as pool:
+        for counts in pool.map(work, [*MODELS] * 4):
+            assert counts == [5, 5]
+
+
+def test_threads_that_train_one_model_count_each_step(switching_threads):
+    model = counting(layerwise_updates=2000)
+    ready = threading.Barrier(8)
+
+    def work(optimizer: torch.optim.Optimizer) -> None:
+        ready.wait()
+        for _ in range(250):
+            optimizer.step()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [sgd(model) for _ in range(8)]))
+    assert model.num_updates == 2000
+    assert model.schedule == create().schedule
+
+
+def test_a_step_in_another_thread_is_not_a_step_within():
+    model = counting()
+    optimizer, other_optimizer = sgd(model), sgd(model)
+
+    def step_elsewhere() -> None:
+        thread = threading.Thread(target=other_optimizer.step)
+        thread.start()
+        thread.join()
+
+    optimizer.step(step_elsewhere)
+    assert model.num_updates == 2
 
 
 # Checkpoints and copies
@@ -353,6 +470,70 @@ def test_a_copy_counts_its_own_updates():
     update(copied, sgd(copied), N - 1)
     assert (model.num_updates, copied.num_updates) == (1, N)
     assert (selection(model), selection(copied)) == ('layer', 'stage')
+
+
+def test_a_shallow_copy_shares_the_count_as_it_shares_the_weights(name):
+    model = counting(name)
+    copied = copy.copy(model)
+    for updates, optimizer in enumerate([sgd(model), sgd(copied)] * N):
+        expected = 'layer' if updates < N else 'stage'
+        for m in (model, copied):
+            assert m.num_updates == updates and selection(m) == expected
+        optimizer.step()
+
+
+def test_a_shallow_copy_outlives_what_it_was_made_of():
+    copied = copy.copy(counting())
+    gc.collect()
+    update(copied, sgd(copied), N)
+    assert copied.num_updates == N and selection(copied) == 'stage'
+
+
+def test_a_shallow_copy_amid_an_update_does_not_begin_another():
+    model = counting()
+    first, second = (torch.optim.SGD(m.parameters(), lr=1e-3) for m in (model.head, model.blocks))
+    first.step()
+    copied = copy.copy(model)
+    second.step()
+    assert model.num_updates == copied.num_updates == 1
+
+
+def test_a_shallow_copy_follows_a_checkpoint_loaded_into_the_other():
+    model, finished = counting(), counting()
+    update(finished, sgd(finished), N)
+    copied = copy.copy(model)
+    model.load_state_dict(finished.state_dict())
+    assert copied.schedule == finished.schedule
+    sgd(model).step()
+    assert copied.schedule == finished.schedule
+
+
+def test_shallow_copies_that_begin_to_count_later_share_the_count():
+    dense = timm.create_model('test_vit')
+    models = [evolve(copy.copy(dense)), evolve(dense)]
+    models.append(copy.copy(models[0]))
+    for model in models:
+        model.set_evolution(layerwise_updates=N)
+    optimizer = sgd(dense)
+    for updates in range(1, N + 1):
+        optimizer.step()
+        for model in models:
+            assert model.num_updates == updates
+            assert (model.schedule == evolve(timm.create_model('test_vit')).schedule) == (updates == N)
+
+
+def test_a_shallow_copy_stops_to_count_with_the_buffer_it_shares():
+    model = evolve(timm.create_model('test_vit'), layerwise_updates=N)
+    copied = copy.copy(model)
+    model.set_evolution(layerwise_updates=0)
+    sgd(copied).step()
+    assert copied.num_updates is None
+
+
+def test_a_buffer_that_is_replaced_is_followed():
+    model = counting().eval()
+    model.num_updates = torch.tensor(N)
+    torch.testing.assert_close(model(images(model)), logits_as(model, selection='stage'))
 
 
 def test_a_copy_from_a_file_counts_its_own_updates():

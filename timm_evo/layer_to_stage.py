@@ -8,6 +8,8 @@ each step of any optimizer, which makes the count blind to gradient accumulation
 skips, and keeps it out of compiled graphs: what they see is a schedule that changes once.
 """
 import functools
+import itertools
+import threading
 import weakref
 
 import torch
@@ -20,50 +22,81 @@ from .schedule import Schedule, cut_schedule, make_layerwise
 __all__ = ['LayerToStage']
 
 
-class _UpdateCounter:
-    """Tells models of each update of their weights; there is one for the process.
+class _Count:
+    """The number of updates of a model. Shallow copies of the model share it, as they share its weights and buffers.
 
     Attributes:
-        models: Those that count, and the weights (`id`) that the last update of each has changed so far.
-        num_counted: Updates of any of them.
-        counted_before: `num_counted` when an optimizer began its step.
+        value: The number. To read it from the buffer is to wait for its device.
+        buffer_state: `_state_of` the buffer when it had this value.
+        changed: Weights (`id`) that the last update has changed so far.
+        lock: Held while any of these changes.
+    """
+
+    def __init__(self, value: int = 0) -> None:
+        self.value = value
+        self.buffer_state: tuple[int, int] | None = None
+        self.changed: set[int] = set()
+        self.lock = threading.RLock()  # a handler of signals may evaluate the model meanwhile
+
+    def __reduce__(self) -> tuple:
+        return _Count, (self.value,)  # a deep copy, or one from a file, has weights of its own
+
+
+class _StepTimes(threading.local):
+    """When a thread last stepped what, which tells whether one step was made within another.
+
+    Nothing has to be undone after a step that fails: the next one of the optimizer begins later.
+
+    Attributes:
+        clock: Goes on with every step.
+        began: When each optimizer began its last step.
+        counted: When the last step of the weights of each count ended.
     """
 
     def __init__(self) -> None:
-        self.models: weakref.WeakKeyDictionary[LayerToStage, set[int]] = weakref.WeakKeyDictionary()
-        self.num_counted = 0
-        self.counted_before: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
-        register_optimizer_step_pre_hook(self._begin_step)
-        register_optimizer_step_post_hook(self._end_step)
+        self.clock = itertools.count(1)
+        self.began: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self.counted: weakref.WeakKeyDictionary[_Count, int] = weakref.WeakKeyDictionary()
 
-    def add(self, model: 'LayerToStage') -> None:
-        self.models[model] = set()
 
-    def remove(self, model: 'LayerToStage') -> None:
-        self.models.pop(model, None)
+_counts: weakref.WeakKeyDictionary['LayerToStage', _Count] = weakref.WeakKeyDictionary()  # of all models that count
+_times = _StepTimes()
+_hooks_lock = threading.Lock()
 
-    def _begin_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        self.counted_before[optimizer] = self.num_counted
 
-    def _end_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        if self.counted_before.get(optimizer) != self.num_counted:
-            return  # it wraps another optimizer, whose step has been counted
-        weights = {id(weight) for group in optimizer.param_groups for weight in group['params']}
-        for model, updated in self.models.items():
-            own = weights.intersection(map(id, model.parameters()))
-            if not own or _is_skipped(optimizer):
-                continue
-            # several optimizers, each for its weights, make one update together; weights change again in the next one
-            if not updated or own & updated:
-                updated.clear()
-                model._count_update()
-                self.num_counted += 1
-            updated |= own
+def _counting_models() -> list[tuple['LayerToStage', _Count]]:
+    """A snapshot, because other threads create and drop models at any time."""
+    models = [model for reference in _counts.keyrefs() if (model := reference()) is not None]
+    return [(model, count) for model in models if (count := _counts.get(model)) is not None]
 
 
 @functools.cache
-def _update_counter() -> _UpdateCounter:
-    return _UpdateCounter()  # where no model needs it, no optimizer is looked at
+def _watch_optimizers() -> None:
+    """Be called back by every optimizer from now on; where no model counts, no optimizer is looked at."""
+    register_optimizer_step_pre_hook(_begin_step)
+    register_optimizer_step_post_hook(_end_step)
+
+
+def _begin_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    _times.began[optimizer] = next(_times.clock)
+
+
+def _end_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    began = _times.began.get(optimizer, 0)  # unknown where the first model that counts was made within this step
+    stepped = {id(weight) for group in optimizer.param_groups for weight in group['params']}
+    for count, model in {count: model for model, count in _counting_models()}.items():  # one of those that share it
+        own = stepped & _weights(model)
+        # an optimizer may wrap others: what has been counted within this step is the same update
+        is_counted = _times.counted.get(count, 0) > began
+        if own and not is_counted and not _is_skipped(optimizer):
+            _times.counted[count] = next(_times.clock)
+            model._count_step(own)
+
+
+def _weights(module: nn.Module) -> set[int]:
+    """`id` of each parameter. Unlike `module.parameters()` it works while another thread adds to the module."""
+    weights = set(map(id, list(module._parameters.values())))
+    return weights.union(*(_weights(child) for child in list(module._modules.values()) if child is not None))
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:
@@ -72,9 +105,16 @@ def _is_skipped(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf.item())
 
 
-def _version(tensor: Tensor) -> int | None:
-    """A number that changes whenever the tensor is written to; a tensor of inference mode has none."""
-    return None if tensor.is_inference() else tensor._version
+def _state_of(tensor: Tensor) -> tuple[int, int] | None:
+    """What changes when the tensor is written to or replaced. None for a tensor of inference mode, which does not tell.
+
+    `_version` is how often PyTorch has written to a tensor in place.
+    """
+    return None if tensor.is_inference() else (id(tensor), tensor._version)
+
+
+def _count_tensor(value: int, device: torch.device | None = None) -> Tensor:
+    return torch.tensor(value, device=device)
 
 
 class LayerToStage:
@@ -94,16 +134,29 @@ class LayerToStage:
             self._stop_counting()
             self.register_buffer('num_updates', None)
         elif getattr(self, 'num_updates', None) is None:
-            device = next(self.parameters()).device
-            self.register_buffer('num_updates', torch.zeros((), dtype=torch.long, device=device))
-            _update_counter().add(self)
+            self.register_buffer('num_updates', _count_tensor(0, next(self.parameters()).device))
+        if self not in _counts:
+            self._count = _Count()
+        if layerwise_updates:
+            self._start_counting()
         self.schedule: Schedule | None = None  # the one in force
-        self._set_count(0)
+        self._take_schedule()
         self._read_count()
 
+    def _start_counting(self) -> None:
+        with _hooks_lock:  # a cached function may run in two threads at once
+            _watch_optimizers()
+        shared = (count for model, count in _counting_models() if model._buffers is self._buffers)
+        self._count = _counts[self] = next(shared, self._count)
+
     def _stop_counting(self) -> None:
-        if getattr(self, 'num_updates', None) is not None:
-            _update_counter().remove(self)
+        """Count no more; those that share the buffer don't either, it goes with this model."""
+        for model in self._sharing_models():
+            _counts.pop(model, None)
+
+    def _sharing_models(self) -> set['LayerToStage']:
+        """This model, and its shallow copies that count: they have the same buffers, also after `.to`."""
+        return {self, *(model for model, _ in _counting_models() if model._buffers is self._buffers)}
 
     def _set_schedule(self, schedule: Schedule) -> None:
         """Take a schedule, for a model that hands its parts on to extend."""
@@ -113,24 +166,40 @@ class LayerToStage:
         """Leave the first entries of the schedule."""
         self._stagewise = cut_schedule(self._stagewise, length)
         self._layerwise = cut_schedule(self._layerwise, length)
-        self._set_count(self._count)
+        self._take_schedule()
 
-    def _set_count(self, count: int) -> None:
-        """Note the count as the buffer has it, and take the schedule that goes with it."""
-        self._count = count  # the buffer may be on a device that is slow to ask
-        self._seen = None if self.num_updates is None else _version(self.num_updates)
-        schedule = self._layerwise if count < self.layerwise_updates else self._stagewise
+    def _take_schedule(self) -> None:
+        """Put the schedule that goes with the count in force, if it is another."""
+        is_layerwise = self.num_updates is not None and self._count.value < self.layerwise_updates
+        schedule = self._layerwise if is_layerwise else self._stagewise
         if schedule is not self.schedule:
             self._set_schedule(schedule)
 
+    def _set_count(self, value: int) -> None:
+        """Note the count as the buffer has it; all that share it take the schedule that goes with it."""
+        self._count.value = value
+        self._count.buffer_state = _state_of(self.num_updates)
+        for model in self._sharing_models():
+            model._take_schedule()
+
     @torch.no_grad()
-    def _count_update(self) -> None:
-        self.num_updates += 1
-        self._set_count(self._count + 1)
+    def _count_step(self, weights: set[int]) -> None:
+        """Count a step of some weights, unless it is a part of the last update.
+
+        Several optimizers, each for its weights, make one update together; weights change again in the next one.
+        """
+        count = self._count
+        with count.lock:
+            if not count.changed or weights & count.changed:
+                count.changed = set()
+                self.num_updates += 1
+                self._set_count(count.value + 1)
+            count.changed |= weights
 
     def _read_count(self) -> None:
-        if self.num_updates is not None and self.num_updates.device.type != 'meta':
-            self._set_count(int(self.num_updates))
+        if self.num_updates is not None and not self.num_updates.is_meta:
+            with self._count.lock:
+                self._set_count(int(self.num_updates))
 
     def _follow_count(self) -> None:
         """Take the schedule that goes with the buffer, if something has written to it, as averaging of weights does.
@@ -141,7 +210,7 @@ class LayerToStage:
             return
         if self.training:  # what writes to it besides the count itself is a broadcast between ranks, of the same
             return
-        if self._seen is None or self._seen != _version(self.num_updates):
+        if self._count.buffer_state is None or self._count.buffer_state != _state_of(self.num_updates):
             self._read_count()
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -155,11 +224,11 @@ class LayerToStage:
         if self.num_updates is None:
             state_dict.pop(key, None)
         else:
-            state_dict.setdefault(key, torch.tensor(self._count))  # not the buffer, which may have no value yet
+            state_dict.setdefault(key, _count_tensor(self._count.value))  # not the buffer, which may have no value yet
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._read_count()
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)  # a copy, or from a file
         if self.num_updates is not None:
-            _update_counter().add(self)
+            self._start_counting()
