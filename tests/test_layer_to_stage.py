@@ -530,6 +530,32 @@ def test_a_shallow_copy_stops_to_count_with_the_buffer_it_shares():
     assert copied.num_updates is None
 
 
+def test_a_count_made_in_inference_mode_goes_on_in_training(name):
+    with torch.inference_mode():
+        model = counting(name)
+    for module in model.modules():  # weights of inference mode can't be trained, copies of them can
+        for key, parameter in module.named_parameters(recurse=False):
+            setattr(module, key, nn.Parameter(parameter.clone(), parameter.requires_grad))
+    sgd(model).step()
+    assert model.num_updates == 1
+
+
+def test_a_count_begun_in_inference_mode_goes_on_in_training():
+    model = evolve(timm.create_model('test_vit'))
+    with torch.inference_mode():
+        model.set_evolution(layerwise_updates=N)
+    sgd(model).step()
+    assert model.num_updates == 1
+
+
+def test_a_count_loaded_in_inference_mode_goes_on_in_training():
+    model, plain = counting(), create()
+    with torch.inference_mode():
+        model.load_state_dict(plain.state_dict(), assign=True)
+    sgd(model).step()
+    assert model.num_updates == 1
+
+
 def test_a_buffer_that_is_replaced_is_followed():
     model = counting().eval()
     model.num_updates = torch.tensor(N)

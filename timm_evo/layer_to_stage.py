@@ -114,7 +114,8 @@ def _state_of(tensor: Tensor) -> tuple[int, int] | None:
 
 
 def _count_tensor(value: int, device: torch.device | None = None) -> Tensor:
-    return torch.tensor(value, device=device)
+    with torch.inference_mode(False):  # what is made in inference mode cannot be written to in training
+        return torch.tensor(value, device=device)
 
 
 class LayerToStage:
