@@ -612,6 +612,18 @@ def test_two_compiled_graphs_one_for_each_phase(name):
     assert model.num_updates == 2 * N
 
 
+def test_a_compiled_step_of_the_optimizer_counts_and_is_compiled_once():
+    model = counting()
+    optimizer = sgd(model)
+    model(images(model)).sum().backward()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda: optimizer.step(), backend=counter)
+    for updates in range(1, 2 * N + 1):
+        compiled()
+        assert model.num_updates == updates and counter.frame_count == 1
+
+
 def test_a_compiled_average_follows_when_it_is_set_to_evaluation():
     """As the `validate` of timm's training script begins."""
     model = counting()

@@ -77,10 +77,12 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(_end_step)
 
 
+@torch.compiler.disable  # a compiled step would be compiled again for each value of the count
 def _begin_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     _times.began[optimizer] = next(_times.clock)
 
 
+@torch.compiler.disable
 def _end_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     began = _times.began.get(optimizer, 0)  # unknown where the first model that counts was made within this step
     stepped = {id(weight) for group in optimizer.param_groups for weight in group['params']}
