@@ -99,7 +99,7 @@ def train(models: dict[str, Segmenter], updates: int, seed: int) -> None:
 def find_selected(model: Segmenter, images: Tensor) -> Tensor:
     """Where the last selection has selected (B, H / patch, W / patch)."""
     vit = model.backbone.model
-    last_selection = max(i for i, ratio in enumerate(vit.schedule.keep_ratio) if 0 < ratio < 1)
+    last_selection = max(i for i, begins in enumerate(vit.schedule.begins) if begins)
     before, after = vit.forward_intermediates(
         images, indices=[last_selection - 1, DEPTH - 1], output_fmt='NLC', intermediates_only=True)
     moved = after - before  # alike for all that were not selected, by what the representative token has learned

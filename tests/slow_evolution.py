@@ -69,14 +69,37 @@ def _evolve_image(model, x, keep_ratios, tradeoff, fast_update) -> list[Tensor]:
 
 def _block(model, block, x: Tensor, num_slow: int) -> tuple[Tensor, Tensor]:
     """One block on the tokens (L, C) of one image, and the attention (L,) that scores them."""
-    attn, num_tokens = block.attn, len(x)
-    q, k, v = attn.qkv(block.norm1(x)).reshape(num_tokens, 3, attn.num_heads, -1).permute(1, 2, 0, 3)
+    kind = type(block).__name__
+    if kind == 'ParallelThingsBlock':
+        outs, attentions = zip(*(
+            _attend(model, part.attn, part.attn.qkv(part.norm(x)), num_slow) for part in block.attns), strict=True)
+        x = x + sum(part.ls(part.attn.proj(out)) for part, out in zip(block.attns, outs, strict=True))
+        return x + sum(part.ls(part.mlp(part.norm(x))) for part in block.ffns), sum(attentions)
+    if kind == 'ParallelScalingBlock':
+        features = block.in_norm(x) @ block.in_proj.weight.T
+        if block.in_proj.bias is not None:
+            features = features + block.in_proj.bias
+        hidden = block.mlp_out_proj.in_features
+        out, attention = _attend(model, block, features[:, hidden:], num_slow)
+        hidden_features = features[:, :hidden] if block.mlp_bias is None else features[:, :hidden] + block.mlp_bias
+        return x + block.ls(block.attn_out_proj(out) + block.mlp_out_proj(block.mlp_act(hidden_features))), attention
+    if kind == 'ResPostBlock':
+        out, attention = _attend(model, block.attn, block.attn.qkv(x), num_slow)
+        x = x + block.norm1(block.attn.proj(out))
+        return x + block.norm2(block.mlp(x)), attention
+    out, attention = _attend(model, block.attn, block.attn.qkv(block.norm1(x)), num_slow)
+    x = x + block.ls1(block.attn.proj(out))
+    return x + block.ls2(block.mlp(block.norm2(x))), attention
+
+
+def _attend(model, attn, qkv: Tensor, num_slow: int) -> tuple[Tensor, Tensor]:
+    """What an attention gathers (L, C) by queries, keys and values (L, 3 * C), and what scores the tokens (L,)."""
+    num_tokens = len(qkv)
+    q, k, v = qkv.reshape(num_tokens, 3, attn.num_heads, -1).permute(1, 2, 0, 3)
     q, k = attn.q_norm(q), attn.k_norm(k)
     out = (q @ k.transpose(1, 2) * attn.scale).softmax(-1) @ v
 
     num_prefix = model.num_prefix_tokens
     query = q[:, 0] if model.has_class_token else q[:, num_prefix:num_prefix + num_slow].mean(1)
     attention = ((query.unsqueeze(1) * k).sum(-1) * attn.scale).softmax(-1).sum(0)
-
-    x = x + block.ls1(attn.proj(out.transpose(0, 1).reshape(num_tokens, -1)))
-    return x + block.ls2(block.mlp(block.norm2(x))), attention
+    return out.transpose(0, 1).reshape(num_tokens, -1), attention

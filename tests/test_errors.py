@@ -4,7 +4,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_evo import EvoVisionTransformer, vision_transformer
+from timm_evo import EvoVisionTransformer, evolve
 
 NAME = 'evo_deit_tiny_patch16_224'
 
@@ -76,18 +76,36 @@ def test_attention_masks(mask):
         model.forward_features(torch.randn(1, 3, 224, 224), **mask)
 
 
+class OwnBlock(nn.Linear):
+    """A block of somebody's own."""
+
+    def __init__(self, dim: int, **kwargs) -> None:
+        super().__init__(dim, dim)
+
+
 def test_blocks_that_cannot_be_evolved_are_named():
-    with pytest.raises(TypeError, match='ParallelThingsBlock .* cannot be evolved'):
-        EvoVisionTransformer(depth=2, start_block=1, block_fn=timm.models.vision_transformer.ParallelThingsBlock)
+    with pytest.raises(TypeError, match='OwnBlock cannot be evolved: .* known of timm.s Attention in a Block, '):
+        EvoVisionTransformer(depth=2, start_block=1, block_fn=OwnBlock)
+
+
+def test_attentions_that_cannot_be_evolved_are_named():
+    if 'vit_dwee_patch16_reg1_gap_256' not in timm.list_models():
+        pytest.skip(f'timm {timm.__version__} has no differential attention')
+    for name, message in {
+        'vit_dwee_patch16_reg1_gap_256': 'Block with DiffAttention cannot be evolved',
+        'vit_dpwee_patch16_reg1_gap_256': 'DiffParallelScalingBlock cannot be evolved',
+    }.items():
+        with pytest.raises(TypeError, match=message):
+            evolve(timm.create_model(name, depth=2))
 
 
 def test_models_that_cannot_be_evolved_are_named_and_left_alone():
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match='Linear cannot be evolved, it has no attention'):
-        vision_transformer.evolve(model)
+        evolve(model)
     dense = timm.create_model('test_vit')
     with pytest.raises(ValueError, match='start_block=6'):
-        vision_transformer.evolve(dense, start_block=6)
+        evolve(dense, start_block=6)
     assert type(dense) is timm.models.VisionTransformer
 
 
@@ -100,7 +118,7 @@ def test_an_image_too_small_is_found_where_no_size_was_given():
     dense = timm.models.VisionTransformer(
         img_size=None, pos_embed='none', no_embed_class=True, class_token=False, global_pool='avg',
         embed_dim=24, depth=4, num_heads=2)
-    model = vision_transformer.evolve(dense, keep_ratio=0.2)
+    model = evolve(dense, keep_ratio=0.2)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
     model.set_input_size(patch_size=16)
     with pytest.raises(ValueError, match='keep_ratio=0.2 of 4 patch tokens leaves none'):

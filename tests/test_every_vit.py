@@ -24,7 +24,8 @@ FAMILIES = [
     'vit_medium_patch16_gap_256', 'vit_base_patch16_reg4_gap_256', 'vit_base_patch16_siglip_224',
     'vit_so400m_patch14_siglip_gap_224', 'vit_so150m_patch16_reg4_map_256', 'vit_base_patch16_radio_v3',
     'vit_base_patch14_reg1_tipsv2', 'flexivit_small', 'eva_large_patch14_196', 'aimv2_large_patch14_224',
-    'beit3_base_patch16_224', 'vit_tiny_r_s16_p8_224', 'test_vit3',
+    'beit3_base_patch16_224', 'vit_tiny_r_s16_p8_224', 'test_vit3', 'vit_small_patch16_18x2_224',
+    'vit_base_patch16_xp_224', 'vit_pwee_patch16_reg1_gap_256', 'vit_base_patch16_rpn_224',
 ]
 REGISTERED = [
     name for name in timm.list_models('evo_*')
@@ -106,7 +107,7 @@ def test_thirds_of_other_depths():
         27: [(9, 17), (18, 26)], 32: [(11, 21), (22, 31)], 40: [(13, 26), (27, 39)],
     }.items():
         schedule = make_schedule(depth, 0.5, None, None, 'stage', 0.5)
-        firsts = [i for i, ratio in enumerate(schedule.keep_ratio) if ratio > 0]
+        firsts = [i for i, begins in enumerate(schedule.begins) if begins]
         assert firsts == [first for first, _ in expected]
         assert segments(depth, expected[0][0], expected[0][1] - expected[0][0] + 1) == expected
 
@@ -277,15 +278,21 @@ def test_a_refused_change_leaves_the_model_as_it_was(arguments, error, message):
     assert model.evolution == evolution and torch.equal(model(images(model)), logits)
 
 
+def selections(model: nn.Module) -> dict[int, float]:
+    """Keep ratio by the block that selects."""
+    begins, keep_ratio, _, _ = model.schedule
+    return {i: ratio for i, ratio in enumerate(keep_ratio) if begins[i] and ratio < 1}
+
+
 def test_counting_goes_on_after_a_change():
     model = evolve(create('vit_tiny_patch16_224'), layerwise_updates=3)
     optimizer = sgd(model)
     optimizer.step()
     optimizer.step()
     model.set_evolution(keep_ratio=0.7)
-    assert model.num_updates == 2 and model.schedule.keep_ratio == [0, 0, 0.7, 0.7, 0.7, 0.7]
+    assert model.num_updates == 2 and selections(model) == {2: 0.7, 3: 0.7, 4: 0.7, 5: 0.7}
     optimizer.step()
-    assert model.num_updates == 3 and model.schedule.keep_ratio == [0, 0, 0.7, 0, 0.7, 0]
+    assert model.num_updates == 3 and selections(model) == {2: 0.7, 4: 0.7}
 
 
 def test_counting_begins_and_ends_with_a_change():
@@ -293,9 +300,9 @@ def test_counting_begins_and_ends_with_a_change():
     optimizer = sgd(model)
     for _ in range(2):
         model.set_evolution(layerwise_updates=1)
-        assert model.schedule.keep_ratio == [0, 0, 0.5, 0.5, 0.5, 0.5]
+        assert selections(model) == {2: 0.5, 3: 0.5, 4: 0.5, 5: 0.5}
         optimizer.step()
-        assert model.num_updates == 1 and model.schedule.keep_ratio == [0, 0, 0.5, 0, 0.5, 0]
+        assert model.num_updates == 1 and selections(model) == {2: 0.5, 4: 0.5}
         model.set_evolution(layerwise_updates=0)
         optimizer.step()
         assert model.num_updates is None
@@ -304,9 +311,9 @@ def test_counting_begins_and_ends_with_a_change():
 def test_a_model_that_has_lost_its_last_blocks_keeps_its_segments():
     model = timm.create_model(
         'evo_vit_tiny_patch16_224', img_size=48, patch_size=8, features_only=True, out_indices=(3, 7)).eval()
-    assert model.model.schedule.keep_ratio == [0, 0, 0, 0, 0.5, 0, 0, 0]
+    assert selections(model.model) == {4: 0.5}
     model.model.set_evolution(fast_update=False, keep_ratio=[0.5, 0.4])
-    assert model.model.schedule.keep_ratio == [0, 0, 0, 0, 0.5, 0, 0, 0]
+    assert selections(model.model) == {4: 0.5}
 
 
 def skip_without_arguments(model: nn.Module) -> None:
@@ -352,6 +359,17 @@ def test_a_restored_model_is_saved_as_dense(name, tmp_path):
     assert type(loaded) is VisionTransformer and torch.equal(loaded(x), model(x))
 
 
+def test_a_model_without_a_dense_twin_is_restored_to_what_it_was_built_from(tmp_path):
+    model = timm.create_model('evo_deit_small_patch16_384', embed_dim=48, depth=4, num_heads=3).eval()
+    skip_without_arguments(model)
+    restore(model)
+    assert model.pretrained_cfg['architecture'] == 'deit_small_patch16_224'
+    save_for_hf(model, tmp_path / 'model', safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    x = torch.randn(1, 3, 384, 384)
+    assert type(loaded) is VisionTransformer and torch.equal(loaded(x), model(x))
+
+
 def test_a_model_that_timm_has_not_created_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match='EvoVisionTransformer .* has no name'):
         hub.save(evolve(VisionTransformer(**SMALL)), tmp_path / 'model')
@@ -382,9 +400,6 @@ def test_a_compiled_model_is_compiled_once_more():
     ('vit_relpos_small_patch16_224', 'VisionTransformerRelPos cannot .* biases by relative position'),
     ('swin_tiny_patch4_window7_224', 'SwinTransformer cannot .* biases by relative position'),
     ('eva02_tiny_patch14_224', "Eva cannot be evolved, its forward pass is not that of timm's VisionTransformer"),
-    ('vit_base_patch16_xp_224', 'ParallelScalingBlock .* cannot be evolved: class attention is computed beside'),
-    ('vit_small_patch16_18x2_224', 'ParallelThingsBlock .* cannot be evolved'),
-    ('vit_base_patch16_rpn_224', 'ResPostBlock .* cannot be evolved'),
 ])
 def test_refused_by_name_with_the_reason(name, reason):
     model = timm.create_model(name)
@@ -407,10 +422,6 @@ def test_other_refusals():
         evolve(VisionTransformer(**SMALL), keep_ratio=0.01)
     with pytest.raises(TypeError, match='keep_ratios is no argument of evolution'):
         evolve(VisionTransformer(**SMALL), keep_ratios=0.5)
-    with pytest.raises(TypeError, match='LevitDistilled cannot be evolved as it is, create it by'):
-        evolve(timm.create_model('levit_128s'))
-    with pytest.raises(TypeError, match='EvoLevit cannot be restored'):
-        restore(timm.create_model('evo_levit_128s'))
 
 
 @pytest.mark.parametrize('wrap', [

@@ -100,3 +100,20 @@ def test_every_kind_of_vit_is_exported(name, tmp_path):
         for runtime, logits in all_logits.items():
             difference = (logits - expected[:batch_size]).abs().max()
             assert difference < 1e-4, f'{runtime}, batch {batch_size}: {difference}'
+
+
+@pytest.mark.parametrize('settings', [dict(), dict(selection='layer', keep_ratio=0.7, fast_update=False)])
+def test_an_export_may_leave_the_image_size_open(settings, tmp_path):
+    """As timm's dense model with `dynamic_img_size`: how many tokens are slow follows from the grid."""
+    model = create_model('evo_deit_tiny_patch16_224', SMALL | dict(dynamic_img_size=True) | settings)
+    height, width = (4 * torch.export.Dim(name, min=4, max=32) for name in ('height', 'width'))
+    shapes = ({0: torch.export.Dim('batch'), 2: height, 3: width},)
+    exported = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=shapes)
+    torch.onnx.export(exported, f=tmp_path / 'model.onnx', dynamo=True, verbose=False, input_names=['images'])
+    for size in ((32, 32), (24, 40), (60, 36)):
+        images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(3))
+        expected = model(images).detach()
+        torch.testing.assert_close(exported.module()(images), expected, rtol=0, atol=1e-4)
+        # OpenVINO resizes position embeddings in another way, and so gives other logits, for the dense model, too
+        logits = run(tmp_path / 'model.onnx', images)['onnxruntime']
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)

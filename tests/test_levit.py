@@ -1,5 +1,6 @@
 """Evo-LeViT: what it computes, against an obvious implementation, and what timm promises of its LeViT."""
 import copy
+import pickle
 import random
 import warnings
 
@@ -8,10 +9,12 @@ import timm
 import torch
 from slow_levit import evolve_slowly
 from timm.models import group_parameters
+from timm.models.levit import Levit, LevitDistilled
 from timm.utils import reparameterize_model
 from torch import nn
+from torch.func import functional_call, grad, vmap
 
-from timm_evo import EvoLevit
+from timm_evo import EvoLevit, evolve, restore
 from timm_evo.schedule import make_pyramid_schedule
 
 SCHEMES = {'biases': dict(), 'class token': dict(class_token=True)}
@@ -371,6 +374,152 @@ def test_copies_travel(name):
     model = create(name)
     x = images(2, 128, 128, torch.float32)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+# Evolution given, changed, taken away
+
+
+def test_evolve_and_restore_leave_the_dense_model_as_it_was():
+    for kwargs in (dict(), dict(num_classes=0), dict(depth=(2, 2), embed_dim=(16, 24), num_heads=(2, 3))):
+        dense = create('levit_128s', **kwargs)
+        x = images(2, 128, 128, torch.float32)
+        logits, keys = dense(x), list(dense.state_dict())
+        classes = [type(module) for module in dense.modules()]
+        attributes = [set(vars(module)) for module in dense.modules()]
+        weights = [parameter.data_ptr() for parameter in dense.parameters()]
+
+        evolved = evolve(dense)
+        assert evolved is dense and type(evolved) is EvoLevit and list(evolved.state_dict()) == keys
+        assert not torch.equal(evolved(x), logits)
+        created = create(**kwargs)
+        created.load_state_dict(evolved.state_dict())
+        assert torch.equal(evolved(x), created(x))
+        restored = restore(evolved)
+        assert restored is dense and [type(module) for module in restored.modules()] == classes
+        assert [set(vars(module)) for module in restored.modules()] == attributes
+        assert [parameter.data_ptr() for parameter in restored.parameters()] == weights
+        assert torch.equal(restored(x), logits)
+
+
+def test_a_created_model_is_restored_to_the_dense_twin_with_its_name():
+    model, dense = create(), create('levit_128s')
+    dense.load_state_dict(model.state_dict())
+    x = images(2, 128, 128, torch.float32)
+    assert torch.equal(restore(model)(x), dense(x)) and type(model) is LevitDistilled
+    assert model.pretrained_cfg['architecture'] == 'levit_128s'
+
+
+def test_learned_tradeoffs_and_the_count_go_when_a_model_is_restored():
+    dense = create('levit_128s')
+    keys = list(dense.state_dict())
+    model = evolve(dense, learn_tradeoff=True, layerwise_updates=3)
+    assert {'num_updates', 'stages.1.blocks.0.attn.learn_tradeoff'} <= model.state_dict().keys() - set(keys)
+    assert list(restore(model).state_dict()) == keys
+
+
+@torch.no_grad()
+def test_the_plain_levit_evolves():
+    torch.manual_seed(0)
+    dense = shake(Levit(128, **SMALL), 0.1).eval()
+    x = images(2, 128, 128, torch.float32)
+    logits = dense(x)
+    model = evolve(dense)
+    assert type(model).__name__ == 'EvoLevit' and isinstance(model, Levit)
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(x), model(x)) and not torch.equal(copied(x), logits)
+    model.set_evolution(keep_ratio=1.0)
+    torch.testing.assert_close(model(x), logits)
+    assert torch.equal(restore(model)(x), logits)
+
+
+def test_set_evolution_is_as_if_created_so(name):
+    model = create(name)
+    x = images(2, 128, 128, torch.float32)
+    tradeoff = dict() if 'cls' in name else dict(tradeoff=0.2)
+    settings = dict()
+    for change in (
+        dict(keep_ratio=0.7), dict(selection='layer'), dict(start_block=1) | tradeoff,
+        dict(selection='stage', keep_ratio=[0.5, 0.4, 0.3]), dict(layerwise_updates=3),
+    ):
+        settings |= change
+        model.set_evolution(**change)
+        assert {key: model.evolution[key] for key in settings} == settings
+        expected = create(name, **settings)
+        expected.load_state_dict(model.state_dict())
+        assert torch.equal(model(x), expected(x)), change
+
+
+@pytest.mark.parametrize('arguments, error, message', [
+    (dict(keep_ratio=0), ValueError, 'keep_ratio=0 is not allowed'),
+    (dict(keep_ratio=0.05), ValueError, 'keep_ratio=0.05 of 16 patch tokens leaves none'),
+    (dict(start_block=7), ValueError, r'start_block=7 .* 1\.\.6'),
+    (dict(keep_ratios=0.5), TypeError, 'keep_ratios cannot be set, only keep_ratio, '),
+    (dict(class_token=True), TypeError, 'class_token cannot be set'),
+])
+def test_a_refused_change_leaves_the_model_as_it_was(name, arguments, error, message):
+    model = create(name)
+    x = images(2, 128, 128, torch.float32)
+    logits, evolution = model(x), copy.deepcopy(model.evolution)
+    with pytest.raises(error, match=message):
+        model.set_evolution(**arguments)
+    assert model.evolution == evolution and torch.equal(model(x), logits)
+
+
+def test_what_is_learned_is_not_set():
+    model = create('evo_levit_cls_128s')
+    with pytest.raises(ValueError, match=r'tradeoff=0.2 cannot be set, it is learned'):
+        model.set_evolution(tradeoff=0.2)
+    weights = dict(model.named_parameters())
+    model.set_evolution(keep_ratio=0.7)
+    assert all(parameter is weights[key] for key, parameter in model.named_parameters())
+
+
+def test_a_refused_model_is_left_as_it_was():
+    dense = create('levit_128s')
+    classes, attributes = [type(module) for module in dense.modules()], [set(vars(m)) for m in dense.modules()]
+    for arguments in (dict(keep_ratio=0.05), dict(class_head=True), dict(learn_tradeoff=True, tradeoff=1.)):
+        with pytest.raises(ValueError, match='not allowed|leaves none'):
+            evolve(dense, **arguments)
+        assert [type(module) for module in dense.modules()] == classes
+        assert [set(vars(module)) for module in dense.modules()] == attributes
+
+
+def test_other_refusals():
+    with pytest.raises(ValueError, match='EvoLevit with class_token=True cannot be restored'):
+        restore(create('evo_levit_cls_128s'))
+    with pytest.raises(ValueError, match='class_token=True is not allowed'):
+        evolve(create('levit_128s'), class_token=True)
+    with pytest.raises(ValueError, match='use_conv=True is not allowed'):
+        evolve(timm.create_model('levit_conv_128s'))
+    with pytest.raises(ValueError, match='class_head=True is not allowed'):
+        evolve(Levit(128, **SMALL), class_head=True)
+
+
+def test_gradients_of_each_image_by_vmap():
+    """Of the blocks of a stage: before them, vmap gives others than a loop in timm's dense model, too."""
+    for kwargs in (dict(), dict(class_token=True), dict(fast_update=False)):
+        model = build(img_size=(64, 48), depth=(4,), embed_dim=(16,), num_heads=(2,), **kwargs).eval()
+        weights, x = dict(model.named_parameters()), images(3, 64, 48)
+
+        def loss(weights: dict, image: torch.Tensor, model: nn.Module = model) -> torch.Tensor:
+            return functional_call(model, weights, image.unsqueeze(0)).square().sum()
+
+        with torch.no_grad():
+            torch.testing.assert_close(
+                vmap(lambda image, m=model: m(image.unsqueeze(0)))(x).squeeze(1), model(x), rtol=0, atol=1e-9)
+        forget_biases(model)
+        together = vmap(grad(loss), in_dims=(None, 0))(weights, x)
+        for i, image in enumerate(x):
+            forget_biases(model)
+            for key, gradient in grad(loss)(weights, image).items():
+                if key.startswith('stem'):
+                    continue
+                torch.testing.assert_close(together[key][i], gradient, rtol=1e-9, atol=1e-9, msg=key)
+
+
+def forget_biases(model: nn.Module) -> None:
+    """timm keeps the biases that it has computed in evaluation, whatever weights come later."""
+    model.eval()
 
 
 # Errors

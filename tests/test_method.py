@@ -179,17 +179,6 @@ def test_preserved_placeholders_stay_where_they_are():
     assert ((maps[-1] == maps[2]).all(dim=1).sum(dim=1) == 36 - 9).all()
 
 
-def test_folding_the_keys_changes_nothing():
-    torch.manual_seed(0)
-    tokens = torch.randn(2, 11, 12, dtype=torch.float64)
-    weight, bias = torch.randn(36, 12, dtype=torch.float64), torch.randn(36, dtype=torch.float64)
-    q, k = evolution.project_query_key(tokens[:, :1], tokens, weight, bias, num_heads=3)
-    plain = evolution.class_attention(q.mean(2), k, scale=0.5)
-    folded = evolution.folded_class_attention(tokens, True, 1, None, weight, bias, num_heads=3, scale=0.5)
-    torch.testing.assert_close(folded, plain, rtol=0, atol=1e-12)
-    torch.testing.assert_close(plain.sum(1), torch.full((2,), 3., dtype=torch.float64))
-
-
 class LowRank(nn.Module):
     """A low-rank adapter in the place of a projection, whose own weight is not all that it computes."""
 
@@ -223,7 +212,14 @@ def test_scores_that_all_underflow_give_no_nan():
 
 def test_half_precision_scores_are_ranked_in_float32():
     query, keys = torch.randn(1, 2, 4).bfloat16(), torch.randn(1, 2, 50, 4).bfloat16()
-    assert evolution.class_attention(query, keys, 1.0).dtype == torch.float32
+    attention = evolution.class_attention(query, keys, 1.0)
+    expected = evolution.class_attention(query.double(), keys.double(), 1.0)
+    torch.testing.assert_close(attention, expected.float())
+
+
+def test_products_that_overflow_in_half_precision_are_attended_to_as_in_the_dense_model():
+    query, keys = torch.full((1, 1, 4), 300.).half(), torch.full((1, 1, 3, 4), 300.).half()  # products of 360000
+    torch.testing.assert_close(evolution.class_attention(query, keys, 0.01), torch.full((1, 3), 1 / 3))
 
 
 def test_segments_are_block_ranges():

@@ -2,9 +2,11 @@
 import pytest
 import torch
 from test_method import KINDS, build
+from timm.utils import AttentionExtract
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
-from timm_evo import short_block
+from timm_evo import EvoVisionTransformer, short_block
 from timm_evo.vision_transformer import TokenEvolution
 
 # those with a token for the head, and attention that can be folded
@@ -67,12 +69,12 @@ def test_drop_path_drops_the_same_images(lengths):
 
 
 @pytest.mark.parametrize('qkv_bias', [True, False])
-def test_dropped_attention_loses_its_values_and_their_bias(qkv_bias, lengths):
-    model = build(qkv_bias=qkv_bias)
-    model.blocks[-1].attn.fused_attn = False  # the fused attention never calls the module
-    model.blocks[-1].attn.attn_drop = FixedDrop()
-    torch.testing.assert_close(model(images()), long_forward(model, images()), rtol=0, atol=1e-10)
-    assert lengths == [1]
+def test_dropped_attention_loses_its_values_and_their_bias(qkv_bias):
+    block = build(qkv_bias=qkv_bias).blocks[-1]
+    block.attn.fused_attn = False  # the fused attention never calls the module
+    block.attn.attn_drop = FixedDrop()
+    x = torch.randn(3, 20, 24, dtype=torch.float64)
+    torch.testing.assert_close(short_block.forward_first(block, x, 2), block(x)[:, :2], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize('dropped', ['attn.attn_drop', 'attn.proj_drop', 'mlp.drop1', 'mlp.drop2'])
@@ -113,38 +115,167 @@ def test_another_attention_goes_through_the_block_as_it_is(model, lengths):
     assert lengths == []
 
 
-class LowRank(nn.Module):
-    """A low-rank adapter in the place of a projection: the weight alone is not the projection any more."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear
-        self.weight, self.bias = linear.weight, linear.bias
-        self.down = nn.Linear(linear.in_features, 2, bias=False, dtype=torch.float64)
-        self.up = nn.Linear(2, linear.out_features, bias=False, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.up(self.down(x))
+# Nobody can tell
 
 
-def test_a_replaced_projection_is_used(lengths):
-    model = build()
-    before = model(images())
-    model.blocks[-1].attn.qkv = LowRank(model.blocks[-1].attn.qkv)
-    after = model(images())
-    torch.testing.assert_close(after, long_forward(model, images()), rtol=0, atol=1e-10)
-    assert (after - before).abs().max() > 1e-3
-    assert lengths == [1]
+def watch_with_hook(method: str, place: str):
+    """Places a hook that notes the number of tokens that come by."""
+
+    def watch(model: TokenEvolution, seen: list[int]) -> None:
+        def hook(module, *values):
+            tensors = [v for value in values for v in (value if isinstance(value, tuple) else (value,))]
+            seen.extend(v.shape[1] for v in tensors if isinstance(v, Tensor) and v.dim() == 3)
+
+        getattr(model.get_submodule(place), method)(hook)
+
+    return watch
 
 
-@pytest.mark.parametrize('place', ['', 'attn', 'attn.qkv', 'mlp'])
-def test_hooks_see_every_token(place, lengths):
-    model = build()
-    shapes = []
-    hook = model.blocks[-1].get_submodule(place).register_forward_hook(lambda module, x, y: shapes.append(y.shape))
-    hooked = model(images())
-    assert len(shapes) == 1 and shapes[0][1] == 1 + 18 + 1  # class token, half of the patches, representative
+def watch_with_own_forward(place: str):
+    """Replaces `forward` of one module, as attention maps are usually taken."""
+
+    def watch(model: TokenEvolution, seen: list[int]) -> None:
+        module = model.get_submodule(place)
+        forward = module.forward
+
+        def own_forward(x, *args, **kwargs):
+            seen.append(x.shape[-2])
+            return forward(x, *args, **kwargs)
+
+        module.forward = own_forward
+
+    return watch
+
+
+def watch_with_module(place: str):
+    """Puts a module of another origin in the place of one."""
+
+    class Watching(nn.Module):
+        def __init__(self, module: nn.Module, seen: list[int]) -> None:
+            super().__init__()
+            self.module, self.seen = module, seen
+
+        def forward(self, x: Tensor, **kwargs) -> Tensor:
+            self.seen.append(x.shape[1])
+            return self.module(x, **kwargs)
+
+    def watch(model: TokenEvolution, seen: list[int]) -> None:
+        parent, _, name = place.rpartition('.')
+        setattr(model.get_submodule(parent), name, Watching(model.get_submodule(place), seen))
+
+    return watch
+
+
+def watch_with_method(name: str):
+    """Replaces a method of the instance."""
+
+    def watch(model: TokenEvolution, seen: list[int]) -> None:
+        method = getattr(model, name)
+
+        def own_method(x, *args, **kwargs):
+            out = method(x, *args, **kwargs)
+            seen.append((out if name == 'forward_features' else x).shape[1])
+            return out
+
+        setattr(model, name, own_method)
+
+    return watch
+
+
+HOOKS = ['register_forward_hook', 'register_forward_pre_hook', 'register_full_backward_hook',
+         'register_full_backward_pre_hook']
+LAST = 'blocks.6'
+WATCHERS = {
+    **{f'{hook} on {place}': watch_with_hook(hook, place)
+       for hook in HOOKS for place in ('norm', LAST, f'{LAST}.attn', f'{LAST}.attn.qkv', f'{LAST}.mlp')},
+    **{f'own forward of {place}': watch_with_own_forward(place)
+       for place in ('norm', LAST, f'{LAST}.attn', f'{LAST}.attn.q_norm', f'{LAST}.mlp.fc2')},
+    **{f'another {place}': watch_with_module(place)
+       for place in ('norm', LAST, f'{LAST}.attn', f'{LAST}.attn.qkv', f'{LAST}.mlp')},
+    **{f'own {name}': watch_with_method(name) for name in ('forward_features', 'forward_head', 'pool')},
+}
+
+
+@pytest.mark.parametrize('watcher', WATCHERS)
+def test_whoever_watches_sees_every_token(watcher, lengths):
+    model, plain = build(), build()
+    seen = []
+    WATCHERS[watcher](model, seen)
+    logits = model(images())
+    logits.sum().backward()
+    # class token, patches, or where tokens are selected half of them, and the representative token
+    assert seen and set(seen) <= {1 + 36, 1 + 18 + 1}, 'all tokens are seen'
     assert lengths == []
-    hook.remove()
-    torch.testing.assert_close(model(images()), hooked, rtol=0, atol=1e-10)
+    torch.testing.assert_close(logits, plain(images()), rtol=0, atol=1e-10)
     assert lengths == [1]
+
+
+@pytest.mark.parametrize('register', [
+    nn.modules.module.register_module_forward_hook,
+    nn.modules.module.register_module_forward_pre_hook,
+    nn.modules.module.register_module_full_backward_hook,
+])
+def test_hooks_on_all_modules_see_every_token(register, lengths):
+    seen = []
+    handle = register(lambda module, *values: seen.append(type(module).__name__))
+    model = build()
+    try:
+        model(images()).sum().backward()
+    finally:
+        handle.remove()
+    assert seen.count('Mlp') == len(model.blocks)
+    assert lengths == []
+
+
+def test_a_hook_on_the_blocks_gets_the_whole_block(lengths):
+    model = build()
+    handle = model.blocks.register_forward_hook(lambda *values: None)
+    model(images())
+    assert lengths == []
+    handle.remove()
+    model(images())
+    assert lengths == [1]
+
+
+def test_a_compiled_last_block_is_called(lengths):
+    model = build()
+    expected = model(images())
+    calls = []
+    model.blocks[-1].compile(backend=lambda graph, _: lambda *x: calls.append(1) or graph(*x))
+    torch.testing.assert_close(model(images()), expected, rtol=0, atol=1e-10)
+    assert calls and lengths == [1]
+
+
+class MeanHead(EvoVisionTransformer):
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x[:, 1:].mean(dim=1))
+
+
+class DoubledFeatures(EvoVisionTransformer):
+    def forward_features(self, x: Tensor) -> Tensor:
+        return 2 * super().forward_features(x)
+
+
+class MaxPool(EvoVisionTransformer):
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        return x[:, 1:].amax(dim=1)
+
+
+@pytest.mark.parametrize('cls', [MeanHead, DoubledFeatures, MaxPool])
+def test_a_subclass_with_an_own_way_to_its_logits_keeps_it(cls, lengths):
+    model = cls(img_size=24, patch_size=4, embed_dim=24, depth=6, num_heads=3, num_classes=5)
+    logits = model(images().float())
+    assert torch.isfinite(logits).all()
+    torch.testing.assert_close(logits, model.forward_head(model.forward_features(images().float())))
+    assert lengths == []
+
+
+def test_symbolic_tracing_finds_every_node_of_the_last_block():
+    model = build()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    extract = AttentionExtract(model.eval(), names=['blocks.*.attn.softmax'], method='fx')
+    maps = extract(images())
+    assert [attention.shape[-1] for attention in maps.values()] == [37] * 2 + [20] * 5
+    nodes = create_feature_extractor(model, ['norm', f'{LAST}.mlp.fc2'])(images())
+    assert nodes['norm'].shape == (3, 37, 24) and nodes[f'{LAST}.mlp.fc2'].shape == (3, 20, 24)

@@ -43,8 +43,8 @@ def _register_with_timm() -> None:
 def __getattr__(name: str):
     # public names on demand, because they need torch and timm
     if name in __all__:
-        from . import levit, vision_transformer
-        return getattr(levit if name == 'EvoLevit' else vision_transformer, name)
+        from . import instances, levit, vision_transformer
+        return next(getattr(module, name) for module in (instances, levit, vision_transformer) if hasattr(module, name))
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import timm
 from torch.torch_version import TorchVersion
 
-TIMM_MIN_VERSION = '1.0.13'  # as in setup.cfg
+TIMM_MIN_VERSION = '1.0.22'  # as in setup.cfg
 if TorchVersion(timm.__version__) < TIMM_MIN_VERSION:  # before the imports that an older timm fails
     raise ImportError(f'timm-evo needs timm>={TIMM_MIN_VERSION}, found timm {timm.__version__}.')
 
@@ -36,7 +36,7 @@ from timm.models.vision_transformer_hybrid import checkpoint_filter_fn as hybrid
 from torch import nn
 
 # The modules, not their names: whoever imports one first imports timm, which imports this one while that is half done.
-from . import download, levit, vision_transformer
+from . import download, instances, levit, vision_transformer
 from .arguments import split_arguments
 
 __all__ = []  # register_model adds each entrypoint
@@ -62,11 +62,13 @@ class _Family(NamedTuple):
 
 def _build_vit(dense: str, **kwargs) -> nn.Module:
     evolution_args, dense_args = split_arguments(vision_transformer.TokenEvolution.init_evolution, kwargs)
-    return vision_transformer.evolve(model_entrypoint(dense)(pretrained=False, **dense_args), **evolution_args)
+    return instances.evolve(model_entrypoint(dense)(pretrained=False, **dense_args), **evolution_args)
 
 
 def _build_levit(dense: str, **kwargs) -> nn.Module:
-    return levit.EvoLevit(**dict(levit_cfgs[dense], **kwargs))
+    model = levit.EvoLevit(**dict(levit_cfgs[dense], **kwargs))
+    model.dense_architecture = dense
+    return model
 
 
 _VIT = _Family(_build_vit, vit_filter_fn, 3)
@@ -132,9 +134,10 @@ def _without_weights(dense: str) -> PretrainedCfg:
     return replace(get_pretrained_cfg(dense), url='', hf_hub_id=None)
 
 
-# What has no twin in timm's modules with vision transformers: parallel blocks, differential attention, norms after the
-# residual branches; and RADIO, whose position embeddings timm resizes in a way of its own, for which there is `evolve`.
-_WITHOUT = ['*_18x2_*', '*_xp_*', 'vit_pwee_*', 'vit_d*wee_*', 'vit_dlittle_*', '*_rpn_*', '*radio*']
+# What has no twin in timm's modules with vision transformers: differential attention, which takes one attention off
+# another, so that it gives no shares; and RADIO, whose position embeddings timm resizes in a way of its own, for which
+# there is `evolve`.
+_WITHOUT = ['vit_d*wee_*', 'vit_dlittle_*', '*radio*']
 # timm's module, wildcard of names, and how these are built; the first that fits counts
 _VITS = [
     ('deit', '*', _DEIT),

@@ -36,8 +36,8 @@ def model_card(model: nn.Module, name: str) -> dict[str, Any]:
     Returns:
         The parts that timm's `generate_readme` puts together.
     """
-    keep_ratio, _, tradeoff = model.schedule
-    selections = [f'{ratio:g} at {i}' for i, ratio in enumerate(keep_ratio) if 0 < ratio < 1]
+    begins, keep_ratio, _, tradeoff = model.schedule
+    selections = [f'{ratio:g} at {i}' for i, ratio in enumerate(keep_ratio) if begins[i] and ratio < 1]
     is_learned = any(name.endswith('learn_tradeoff') for name in model.state_dict())
     return {
         'description': f"`{model.pretrained_cfg['architecture']}`, a model of timm with token evolution.",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from timm.layers import to_2tuple, trunc_normal_
 from timm.layers.trace_utils import _assert
 from timm.models import checkpoint
@@ -19,6 +20,7 @@ from timm.models._features import feature_take_indices
 from timm.models.levit import (
     Attention,
     AttentionDownsample,
+    Levit,
     LevitBlock,
     LevitDistilled,
     LevitDownsample,
@@ -30,10 +32,17 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import evolution
 from .arguments import split_arguments
-from .layer_to_stage import LayerToStage
-from .schedule import Schedule, check_flag, check_layerwise_updates, check_slow_tokens, make_pyramid_schedule
+from .evolved import Evolved, attribute_names, combined_class
+from .schedule import (
+    Schedule,
+    check_flag,
+    check_layerwise_updates,
+    check_slow_tokens,
+    cut_schedule,
+    make_pyramid_schedule,
+)
 
-__all__ = ['EvoLevit']
+__all__ = ['EvoLevit', 'LevitEvolution']
 
 # PyTorch's counter knows the product that returns its sum with a matrix, but not the one that adds to it in place.
 if torch.ops.aten.baddbmm_ not in flop_registry:
@@ -48,54 +57,122 @@ def _split_heads(x: Tensor, num_heads: int, dims: list[int]) -> list[Tensor]:
 
 
 @torch.fx.wrap
-def _attend(query: Tensor, key: Tensor, num_heads: int, scale: float, biases: Tensor | None) -> Tensor:
-    """Attention matrix, heads first.
+def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> Tensor:
+    """Attention matrix.
 
     Args:
         query: Queries (H * B, Q, d).
         key: Keys (H * B, L, d).
-        num_heads: Number of heads H.
         scale: Factor on the products.
-        biases: Biases of the grid (H, Q, L), or of each image (H, B, Q, L), which are overwritten.
+        biases: Biases of each image (H * B, Q, L), which are overwritten.
 
     Returns:
-        Attention (H, B, Q, L).
+        Attention (H * B, Q, L).
     """
-    batch_size = query.shape[0] // num_heads
     key = key.transpose(1, 2)
     if biases is None:
         logits = (query * scale).bmm(key)
-    else:
-        if biases.dim() == 3:
-            biases = biases.unsqueeze(1).expand(-1, batch_size, -1, -1).clone(memory_format=torch.contiguous_format)
-        if biases.dtype != query.dtype:  # no cast that copies nothing: an older export forbids writing to its result
-            biases = biases.to(query.dtype)
-        # Products are added in place to what each image has a copy of anyway: a pass over the matrix less.
-        logits = biases.flatten(0, 1).baddbmm_(query, key, alpha=scale)
-    return logits.softmax(dim=-1).view(num_heads, batch_size, logits.shape[1], logits.shape[2])
+    else:  # products are added in place to what each image has a copy of anyway: a pass over the matrix less
+        logits = biases.baddbmm_(query, key, alpha=scale)
+    return logits.softmax(dim=-1)
 
 
 @torch.fx.wrap
-def _gather_values(attention: Tensor, value: Tensor) -> Tensor:
-    """Values (H * B, L, d) by attention (H, B, Q, L), all heads side by side (B, Q, H * d)."""
-    num_heads, batch_size, num_queries, _ = attention.shape
-    gathered = attention.flatten(0, 1).to(value.dtype).bmm(value)
-    return gathered.view(num_heads, batch_size, num_queries, value.shape[2]).permute(1, 2, 0, 3).flatten(2)
+def _gather_values(attention: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Values (H * B, L, d) by attention (H * B, Q, L), all heads side by side (B, Q, H * d)."""
+    if attention.dtype != value.dtype:
+        attention = attention.to(value.dtype)
+    gathered = attention.bmm(value)
+    gathered = gathered.view(num_heads, gathered.shape[0] // num_heads, gathered.shape[1], gathered.shape[2])
+    return gathered.permute(1, 2, 0, 3).flatten(2)
+
+
+@torch.fx.wrap
+def _score(
+        scores: Tensor | None,
+        attention: Tensor,
+        num_heads: int,
+        class_token: bool,
+        tradeoff: float,
+        slow: Tensor | None,
+        learned: Tensor | None,
+) -> Tensor:
+    """Scores (B, P + N) evolved by an attention matrix (H * B, Q, L), see `evolution.global_class_attention`."""
+    attention = attention.view(num_heads, attention.shape[0] // num_heads, attention.shape[1], attention.shape[2])
+    paid = evolution.mean_attention(attention, class_token, slow)
+    return evolution.global_class_attention(scores, paid, tradeoff, slow, learned)
+
+
+@torch.fx.wrap
+def _repeat_biases(biases: Tensor, query: Tensor) -> Tensor:
+    """Biases of the grid (H, Q, L) for each image that there are queries (H * B, Q, d) of: (H * B, Q, L)."""
+    num_heads, num_queries, num_keys = biases.shape
+    # as large as the queries say, for what maps over images
+    repeated = query.new_empty(num_heads, query.shape[0] // num_heads, num_queries, num_keys)
+    return repeated.copy_(biases.unsqueeze(1)).view(query.shape[0], num_queries, num_keys)
+
+
+@torch.fx.wrap
+def _bias_positions(
+        index: Tensor,
+        slow: Tensor | None,
+        representative: Tensor | None,
+        num_biases: int,
+) -> Tensor | None:
+    """Where the slow tokens find their attention biases in a table by relative position.
+
+    Args:
+        index: Entry of the table for each query and key of the whole grid (N, N).
+        slow: Positions of the slow tokens (B, K); there are no prefix tokens where there are biases.
+        representative: Representative token, if any. It has no position: it reads the entry after the last.
+        num_biases: Number of entries of the table.
+
+    Returns:
+        Entry for each query and key (B, K, K), or (B, K + 1, K + 1) with a representative token; None if `slow` is.
+    """
+    if slow is None:
+        return None
+    positions = index.flatten()[slow.unsqueeze(2) * index.shape[0] + slow.unsqueeze(1)]
+    return positions if representative is None else F.pad(positions, (0, 1, 0, 1), value=float(num_biases))
+
+
+@torch.fx.wrap
+def _gather_biases(biases: Tensor, positions: Tensor, query: Tensor) -> Tensor:
+    """Attention biases of the tokens of a selection.
+
+    Args:
+        biases: Table (H, N).
+        positions: Entries (B, L, L), as `_bias_positions` gives them.
+        query: Queries (H * B, L, d), whose type the biases take.
+
+    Returns:
+        Biases (H * B, L, L), zero for the representative token.
+    """
+    with_zero = torch.cat([biases, biases[:, :1] * 0], dim=1)  # a pad takes three times as many calls
+    gathered = with_zero.index_select(1, positions.flatten()).view(query.shape[0], query.shape[1], query.shape[1])
+    # no cast that copies nothing: an older export forbids writing to its result
+    return gathered if gathered.dtype == query.dtype else gathered.to(query.dtype)
 
 
 class _ScoringAttention(nn.Module):
-    """What both attentions have beside timm's: alpha, and maybe no biases."""
+    """What both attentions have beside timm's: alpha, and maybe no biases.
+
+    Attributes:
+        scored: Whether a later selection reads the scores of this attention.
+        tradeoff: alpha, the share of this attention in the scores, or the initial value of a learned one.
+        is_tradeoff_held: Whether alpha stays where it starts for now, though it is learned.
+        class_token: Whether the first token is the class token; then there are no biases.
+    """
 
     def init_evolution(self, tradeoff: float, learn_tradeoff: bool, class_token: bool) -> None:
         """Set up an attention that is dense so far.
 
         Args:
-            tradeoff: alpha, the share of this attention in the scores, or its initial value.
+            tradeoff: alpha.
             learn_tradeoff: Whether alpha is the sigmoid of an entry in the state dict.
-            class_token: Whether the first token is the class token; then there are no biases.
+            class_token: Whether the first token is the class token.
         """
-        self.scored = False  # whether a later selection reads the scores of this attention
-        self.hold_tradeoff = False  # whether alpha stays where it starts for now, though it is learned
+        self.scored = self.is_tradeoff_held = False
         self.tradeoff = tradeoff
         self.class_token = class_token
         weight = self.attention_biases
@@ -106,12 +183,17 @@ class _ScoringAttention(nn.Module):
             self.register_parameter('attention_biases', None)
             self.register_buffer('attention_bias_idxs', None, persistent=False)
 
+    def leave_evolution(self) -> None:
+        """Take away what `init_evolution` has set up, but the class."""
+        del self.scored, self.is_tradeoff_held, self.tradeoff, self.class_token, self.learn_tradeoff
+        self.attention_bias_cache = {}
+
     def train_tradeoff(self, trained: bool) -> None:
         """Say whether a gradient reaches a learned trade-off, because its scores weight a representative token.
 
         Then it is a parameter. Otherwise it is a buffer, so that the state dict is the same.
         """
-        if self.learn_tradeoff is None:
+        if self.learn_tradeoff is None or isinstance(self.learn_tradeoff, nn.Parameter) == trained:
             return
         value = self.learn_tradeoff.detach()
         del self.learn_tradeoff
@@ -126,7 +208,7 @@ class _ScoringAttention(nn.Module):
         One that is held is where it started, with a gradient of zero: a parameter without any would stop a
         `DistributedDataParallel`.
         """
-        if self.learn_tradeoff is None or not self.hold_tradeoff:
+        if self.learn_tradeoff is None or not self.is_tradeoff_held:
             return self.learn_tradeoff
         return self.learn_tradeoff * 0 + math.log(self.tradeoff / (1 - self.tradeoff))
 
@@ -158,7 +240,7 @@ class EvoAttention(_ScoringAttention, Attention):
         """Entries of the table of biases for the tokens of a selection, the same for all blocks of a stage."""
         if self.attention_biases is None:
             return None
-        return evolution.bias_positions(
+        return _bias_positions(
             self.attention_bias_idxs, slow, representative, self.attention_biases.shape[1])
 
     def forward(
@@ -184,14 +266,13 @@ class EvoAttention(_ScoringAttention, Attention):
         biases: Tensor | None = None
         if self.attention_biases is not None:
             if positions is None:
-                biases = self.get_attention_biases(x.device)
+                biases = _repeat_biases(self.get_attention_biases(x.device), q)
             else:
-                biases = evolution.gather_biases(self.attention_biases, positions)
-        attn = _attend(q, k, self.num_heads, self.scale, biases)
+                biases = _gather_biases(self.attention_biases, positions, q)
+        attn = _attend(q, k, self.scale, biases)
         if self.scored:
-            attention = evolution.mean_attention(attn, self.class_token, slow)
-            scores = evolution.global_class_attention(scores, attention, self.tradeoff, slow, self.learned())
-        return self.proj(_gather_values(attn, v)), scores
+            scores = _score(scores, attn, self.num_heads, self.class_token, self.tradeoff, slow, self.learned())
+        return self.proj(_gather_values(attn, v, self.num_heads)), scores
 
 
 class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
@@ -207,6 +288,11 @@ class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
             weight = next(self.kv.parameters())
             self.pos_embed = nn.Parameter(weight.new_empty(1, 1 + num_patches, weight.shape[1]))
             trunc_normal_(self.pos_embed, std=.02)
+
+    def leave_evolution(self) -> None:
+        """Take away what `init_evolution` has set up, but the class."""
+        super().leave_evolution()
+        del self.pos_embed
 
     def downsample(self, x: Tensor) -> Tensor:
         """Keep the prefix and every second row and column: (B, P + N, C) to (B, P + M, C)."""
@@ -231,15 +317,14 @@ class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
         q, = _split_heads(self.q.ln(self.downsample(x)), self.num_heads, [self.key_dim])
         biases: Tensor | None = None
         if self.attention_biases is not None:
-            biases = self.get_attention_biases(x.device)
-        attn = _attend(q, k, self.num_heads, self.scale, biases)
+            biases = _repeat_biases(self.get_attention_biases(x.device), q)
+        attn = _attend(q, k, self.scale, biases)
         if self.scored:
             assert scores is not None
-            attention = evolution.mean_attention(attn, self.class_token, None)
-            evolved = evolution.global_class_attention(scores, attention, self.tradeoff, None, self.learned())
+            evolved = _score(scores, attn, self.num_heads, self.class_token, self.tradeoff, None, self.learned())
             scores = evolution.downsampled_class_attention(
                 scores, self.downsample(evolved.unsqueeze(2)).squeeze(2), 1 if self.class_token else 0)
-        return self.proj(_gather_values(attn, v)), scores
+        return self.proj(_gather_values(attn, v, self.num_heads)), scores
 
 
 class EvoLevitBlock(LevitBlock):
@@ -289,31 +374,35 @@ class EvoLevitStage(LevitStage):
         representative: Tensor | None = None
         positions: Tensor | None = None
         for i, block in enumerate(self.blocks):
-            if self.keep_ratio[i] > 0:
-                x = evolution.slow_fast_update(x, tokens, slow, representative)
+            if self.begins[i]:
+                x = evolution.follow(x, tokens, slow, representative)
                 tokens, slow, representative = evolution.begin_segment(
                     x, scores, self.keep_ratio[i], self.num_prefix_tokens, self.fast_update)
                 positions = block.attn.bias_positions(slow, representative)
             tokens, scores = block(tokens, scores, slow, positions)
-        return evolution.slow_fast_update(x, tokens, slow, representative), scores
+        return evolution.follow(x, tokens, slow, representative), scores
 
 
-class EvoLevit(LayerToStage, LevitDistilled):
-    """timm's distilled LeViT with token evolution, in two schemes.
+class LevitEvolution(Evolved):
+    """Token evolution for a timm `Levit`, to stand before it in the bases of a class.
 
-    * As timm's, with attention biases and timm's weights. The attention that the average of the patch tokens pays gives
-      the scores, because the head reads that average.
-    * With a class token, as the authors publish it (`class_token=True`): its attention gives the scores, and absolute
-      position embeddings, at the input and wherever the grid is halved, take the place of the biases.
+    The attention that the average of the patch tokens pays gives the scores, because the head reads that average.
 
-    Takes the arguments of timm's `LevitDistilled` and those of `init_evolution`.
+    Takes the arguments of the timm class and those of `init_evolution`.
     """
+    WEIGHTED_ARGUMENTS = frozenset(['learn_tradeoff', 'class_token', 'class_head'])
 
     def __init__(self, img_size: int | tuple[int, int] = 224, **kwargs) -> None:
         evolution_args, kwargs = split_arguments(self.init_evolution, kwargs)
         super().__init__(img_size, **kwargs)
-        self._init_grid(to_2tuple(img_size))
+        stride = self.feature_info[0]['reduction']
+        img_size = to_2tuple(img_size)
+        if any(size % stride for size in img_size):
+            raise ValueError(
+                f'img_size={img_size} is not allowed, height and width must be multiples of {stride}: the stages halve '
+                f'a grid of {" x ".join(str(size // stride) for size in img_size)}, the stem would give another.')
         self.init_evolution(**evolution_args)
+        self.img_size = img_size
 
     def init_evolution(
             self,
@@ -348,7 +437,7 @@ class EvoLevit(LayerToStage, LevitDistilled):
             ValueError: An argument is outside what is allowed, or leaves no patch token to select.
         """
         for name, value in dict(
-            learn_tradeoff=learn_tradeoff, fast_update=fast_update, class_token=class_token, class_head=class_head,
+            learn_tradeoff=learn_tradeoff, class_token=class_token, class_head=class_head,
         ).items():
             check_flag(name, value)
         if self.use_conv:
@@ -357,40 +446,93 @@ class EvoLevit(LayerToStage, LevitDistilled):
             raise ValueError(
                 "class_head=True is not allowed, it needs class_token=True and global_pool='avg', "
                 f'not class_token={class_token} and global_pool={self.global_pool!r}.')
-        check_layerwise_updates(layerwise_updates, selection)
-        depths = [len(stage.blocks) for stage in self.stages]
-        schedule = make_pyramid_schedule(depths, keep_ratio, start_block, selection, tradeoff)
-        if learn_tradeoff and not fast_update:
-            raise ValueError('learn_tradeoff=True is not allowed with fast_update=False, nothing would train it.')
-        if learn_tradeoff and not all(0 < alpha < 1 for alpha in schedule.tradeoff):
-            raise ValueError(f'tradeoff={tradeoff!r} is not allowed with learn_tradeoff=True, it must be in (0, 1).')
-        self.fast_update = fast_update
+        dense = attribute_names(self)
+        attentions = self._attentions()
+        self._depths = [len(stage.blocks) for stage in self.stages]  # of the schedule; pruning leaves fewer stages
+        self._num_patches = [attn.attention_bias_idxs.shape[1] for attn in attentions]  # that each selects from
+        self.learn_tradeoff = learn_tradeoff
+        arguments = dict(
+            keep_ratio=keep_ratio, start_block=start_block, selection=selection, tradeoff=tradeoff,
+            fast_update=fast_update, layerwise_updates=layerwise_updates)
+        schedule = self._check_evolution(**arguments)
         self.num_prefix_tokens = 1 if class_token else 0
-        check_slow_tokens(schedule.keep_ratio, [attn.attention_bias_idxs.shape[1] for attn in self._attentions()])
+        self.img_size = self._find_img_size()
 
         self.cls_token = self.pos_embed = None
         if class_token:
             weight = next(self.parameters())
-            num_patches = self._attentions()[0].attention_bias_idxs.shape[0]
+            num_patches = attentions[0].attention_bias_idxs.shape[0]
             self.cls_token = nn.Parameter(weight.new_zeros(1, 1, self.embed_dim[0]))
             self.pos_embed = nn.Parameter(weight.new_empty(1, 1 + num_patches, self.embed_dim[0]))
             trunc_normal_(self.pos_embed, std=.02)
-        for attn, alpha in zip(self._attentions(), schedule.tradeoff, strict=True):
+        for attn, alpha in zip(attentions, schedule.tradeoff, strict=True):
             attn.__class__ = EvoAttention if isinstance(attn, Attention) else EvoAttentionDownsample
             attn.init_evolution(alpha, learn_tradeoff, class_token)
+        self.stages.__class__ = nn.ModuleList  # no nn.Sequential, stages and blocks pass more than one tensor on
         for stage in self.stages:
             stage.__class__ = EvoLevitStage
-            stage.fast_update = fast_update
             stage.num_prefix_tokens = self.num_prefix_tokens
+            stage.blocks.__class__ = nn.ModuleList
             if not isinstance(stage.downsample, nn.Identity):
                 stage.downsample.__class__ = EvoLevitDownsample
             for block in stage.blocks:
                 block.__class__ = EvoLevitBlock
-            stage.blocks = nn.ModuleList(stage.blocks)  # no nn.Sequential, they pass more than one tensor on
-        self.stages = nn.ModuleList(self.stages)
-        self._init_schedule(schedule, layerwise_updates)
-        self._train_tradeoffs()
+        self._set_evolution(**arguments)
         self._init_class_heads(class_head)
+        self._added = attribute_names(self) - dense | {'_added', 'dense_architecture'}
+
+    def _check_evolution(
+            self,
+            keep_ratio: float | Sequence[float],
+            start_block: int,
+            selection: str,
+            tradeoff: float | Sequence[float],
+            fast_update: bool,
+            layerwise_updates: int,
+    ) -> Schedule:
+        """The schedule of these arguments; refuses them where they are outside what is allowed."""
+        check_flag('fast_update', fast_update)
+        check_layerwise_updates(layerwise_updates, selection)
+        schedule = make_pyramid_schedule(self._depths, keep_ratio, start_block, selection, tradeoff)
+        if self.learn_tradeoff and not fast_update:
+            raise ValueError('learn_tradeoff=True is not allowed with fast_update=False, nothing would train it.')
+        if self.learn_tradeoff and self.evolution.get('tradeoff', tradeoff) != tradeoff:
+            raise ValueError(f'tradeoff={tradeoff!r} cannot be set, it is learned.')
+        if self.learn_tradeoff and not all(0 < alpha < 1 for alpha in schedule.tradeoff):
+            raise ValueError(f'tradeoff={tradeoff!r} is not allowed with learn_tradeoff=True, it must be in (0, 1).')
+        check_slow_tokens(schedule.keep_ratio, self._num_patches)
+        return cut_schedule(schedule, len(self._attentions()))
+
+    def _set_evolution(self, **arguments) -> None:
+        schedule = self._check_evolution(**arguments)
+        self.evolution = arguments
+        self.fast_update = arguments['fast_update']
+        for attn, alpha in zip(self._attentions(), schedule.tradeoff, strict=True):
+            attn.tradeoff = alpha
+        for stage in self.stages:
+            stage.fast_update = self.fast_update
+        self._init_schedule(schedule, arguments['layerwise_updates'])
+        self._train_tradeoffs()
+
+    def _check_restorable(self) -> None:
+        if self.cls_token is not None:
+            raise ValueError(
+                f'{type(self).__name__} with class_token=True cannot be restored, its position embeddings stand in the '
+                "place of timm's biases.")
+
+    def _restore_modules(self) -> None:
+        dense = {
+            EvoAttention: Attention, EvoAttentionDownsample: AttentionDownsample, EvoLevitBlock: LevitBlock,
+            EvoLevitDownsample: LevitDownsample, EvoLevitStage: LevitStage}
+        for module in self.stages.modules():
+            if isinstance(module, _ScoringAttention):
+                module.leave_evolution()
+            if isinstance(module, EvoLevitStage):
+                module.blocks.__class__ = nn.Sequential
+                for name in attribute_names(module) & {'begins', 'keep_ratio', 'fast_update', 'num_prefix_tokens'}:
+                    delattr(module, name)
+            module.__class__ = dense.get(type(module), type(module))
+        self.stages.__class__ = nn.Sequential
 
     def _attentions(self) -> list[Attention | AttentionDownsample]:
         """All attentions in the order of the schedule."""
@@ -401,44 +543,37 @@ class EvoLevit(LayerToStage, LevitDistilled):
             attentions += [block.attn for block in stage.blocks]
         return attentions
 
-    def _init_grid(self, img_size: tuple[int, int]) -> None:
-        """Note the size of the image, and refuse one for which the stem gives another grid than timm expects of it."""
+    def _find_img_size(self) -> tuple[int, int]:
+        """Height and width of the images that the attentions expect the grid of."""
         stride = self.feature_info[0]['reduction']
-        if any(size % stride for size in img_size):
-            raise ValueError(
-                f'img_size={img_size} is not allowed, height and width must be multiples of {stride}: the stages halve '
-                f'a grid of {" x ".join(str(size // stride) for size in img_size)}, the stem would give another.')
-        self.img_size = img_size
+        attn = self.stages[1].downsample.attn_downsample if len(self.stages) > 1 else self.stages[0].blocks[0].attn
+        side = math.isqrt(self._num_patches[0])  # an older timm notes no size where nothing downsamples
+        height, width = getattr(attn, 'resolution', (side, side))
+        return height * stride, width * stride
 
     def _set_schedule(self, schedule: Schedule) -> None:
         """Tell each stage and attention its part of the schedule."""
         super()._set_schedule(schedule)
-        keep_ratio, scored, _ = schedule
         begin = 0
         for stage in self.stages:
             begin += not isinstance(stage.downsample, nn.Identity)
-            stage.keep_ratio = keep_ratio[begin:begin + len(stage.blocks)]
-            begin += len(stage.blocks)
-        for attn, is_scored in zip(self._attentions(), scored, strict=True):
+            end = begin + len(stage.blocks)
+            stage.begins, stage.keep_ratio = schedule.begins[begin:end], schedule.keep_ratio[begin:end]
+            begin = end
+        for attn, is_scored in zip(self._attentions(), schedule.scored, strict=True):
             attn.scored = is_scored
-            attn.hold_tradeoff = schedule is not self._stagewise
+            attn.is_tradeoff_held = schedule is not self._stagewise
 
     def _train_tradeoffs(self) -> None:
         """Make learned trade-offs parameters where they are trained, once for all phases of a training."""
-        seen = False  # whether there are scores to mix with: the first attention sets them, whatever its alpha
+        has_scores = False  # to mix with: the first attention that is scored sets them, whatever its alpha
         for attn, is_scored in zip(self._attentions(), self._stagewise.scored, strict=True):
-            attn.train_tradeoff(is_scored and seen)
-            seen = seen or is_scored
+            attn.train_tradeoff(is_scored and has_scores)
+            has_scores = has_scores or is_scored
 
     def _init_class_heads(self, class_head: bool) -> None:
-        self.class_head = class_head
-        self.head_cls, self.head_cls_dist = self._make_class_head(), self._make_class_head()
-
-    def _make_class_head(self) -> nn.Module:
-        if not self.class_head or self.num_classes == 0:
-            return nn.Identity().train(self.training)
-        head = NormLinear(self.num_features, self.num_classes, drop=self.drop_rate)
-        return head.to(next(self.head.parameters())).train(self.training)
+        if class_head:
+            raise ValueError(f'class_head=True is not allowed, {type(self).__name__} has one head of its own.')
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -450,17 +585,6 @@ class EvoLevit(LayerToStage, LevitDistilled):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups, as timm's; class token and position embeddings at the input are of the stem."""
         return dict(super().group_matcher(coarse), stem=r'^stem|^cls_token|^pos_embed')
-
-    @torch.jit.ignore
-    def get_classifier(self) -> tuple[nn.Module, ...]:
-        """The heads: `head`, `head_dist`, and with `class_head=True` `head_cls`, `head_cls_dist`."""
-        heads = (self.head, self.head_dist)
-        return (*heads, self.head_cls, self.head_cls_dist) if self.class_head else heads
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Reset the classifier heads, as timm's; those on the class token go with the patch-mean pooling."""
-        super().reset_classifier(num_classes, global_pool)
-        self._init_class_heads(self.class_head and self.global_pool == 'avg')
 
     def prune_intermediate_layers(
             self,
@@ -548,6 +672,38 @@ class EvoLevit(LayerToStage, LevitDistilled):
             return intermediates
         return x, intermediates
 
+
+class EvoLevit(LevitEvolution, LevitDistilled):
+    """timm's distilled LeViT with token evolution, in two schemes.
+
+    * As timm's, with attention biases and timm's weights, see `LevitEvolution`.
+    * With a class token, as the authors publish it (`class_token=True`): its attention gives the scores, and absolute
+      position embeddings, at the input and wherever the grid is halved, take the place of the biases.
+
+    Takes the arguments of timm's `LevitDistilled` and those of `init_evolution`.
+    """
+
+    def _init_class_heads(self, class_head: bool) -> None:
+        self.class_head = class_head
+        self.head_cls, self.head_cls_dist = self._make_class_head(), self._make_class_head()
+
+    def _make_class_head(self) -> nn.Module:
+        if not self.class_head or self.num_classes == 0:
+            return nn.Identity().train(self.training)
+        head = NormLinear(self.num_features, self.num_classes, drop=self.drop_rate)
+        return head.to(next(self.head.parameters())).train(self.training)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """The heads: `head`, `head_dist`, and with `class_head=True` `head_cls`, `head_cls_dist`."""
+        heads = (self.head, self.head_dist)
+        return (*heads, self.head_cls, self.head_cls_dist) if self.class_head else heads
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Reset the classifier heads, as timm's; those on the class token go with the patch-mean pooling."""
+        super().reset_classifier(num_classes, global_pool)
+        self._init_class_heads(self.class_head and self.global_pool == 'avg')
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Sequence (B, P + N, C) to logits (B, num_classes), or to pooled features if `pre_logits`.
 
@@ -565,3 +721,16 @@ class EvoLevit(LayerToStage, LevitDistilled):
         if self.distilled_training and self.training and not torch.jit.is_scripting():
             return logits, logits_dist
         return (logits + logits_dist) / 2
+
+
+def evolved_class(dense_cls: type[Levit]) -> type[LevitEvolution]:
+    """The evolved class of timm's class, or of a subclass of it.
+
+    Raises:
+        TypeError: The class has a forward pass of its own.
+    """
+    for method in ('forward', 'forward_features', 'forward_intermediates'):
+        if getattr(dense_cls, method) is not getattr(Levit, method):
+            raise TypeError(
+                f"{dense_cls.__name__} cannot be evolved, its {method} is its own and not that of timm's Levit.")
+    return EvoLevit if dense_cls is LevitDistilled else combined_class(LevitEvolution, dense_cls)

@@ -2,6 +2,7 @@
 
 Turns the model arguments into what each block has to do, and refuses those that make no sense. Knows no tensors.
 """
+import itertools
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -12,11 +13,12 @@ class Schedule(NamedTuple):
     """What each block has to do, one entry per block; in a pyramid, one per attention, those that downsample included.
 
     Attributes:
-        keep_ratio: Share of the patch tokens that the segment beginning at this block keeps on the slow path; 1 for a
-            dense segment, 0 where no segment begins.
+        begins: Whether a segment begins at this block: the blocks that share one selection.
+        keep_ratio: Share of the patch tokens that go through this block; 1 where it is dense.
         scored: Whether a later selection reads the scores of this block.
         tradeoff: alpha, the share of this block's class attention in the scores.
     """
+    begins: list[bool]
     keep_ratio: list[float]
     scored: list[bool]
     tradeoff: list[float]
@@ -79,11 +81,11 @@ def make_schedule(
         raise ValueError(f'stage_depth={stage_depth!r} is not allowed, it must be a whole number of at least 1.')
 
     firsts = [first for first, _ in segments(depth, start_block, stage_depth if selection == 'stage' else 1)]
-    begins = _begin_segments(depth, firsts, keep_ratio)
+    begins, ratios = _per_segment(depth, firsts, keep_ratio)
     alphas = _check_tradeoff(tradeoff, depth, 'block')
     if not isinstance(tradeoff, Sequence):
         alphas[:start_block] = [1.] * start_block
-    return Schedule(begins, _read_scores(begins, alphas), alphas)
+    return Schedule(begins, ratios, _read_scores(begins, ratios, alphas), alphas)
 
 
 def make_pyramid_schedule(
@@ -109,42 +111,37 @@ def make_pyramid_schedule(
     """
     _check_selection(selection)
     _check_start(start_block, sum(depths))
-    dense, firsts = [], []
+    downsampling, firsts = [], []
     block = length = 0
     for stage, depth in enumerate(depths):
         if stage > 0:
-            dense.append(length)
+            downsampling.append(length)
             length += 1
         evolved = range(max(start_block - block, 0), depth)  # may be empty
         firsts += [length + i for i in (evolved if selection == 'layer' else evolved[:1])]
         block += depth
         length += depth
 
-    begins = _begin_segments(length, firsts, keep_ratio)
-    for i in dense:
-        begins[i] = 1.
-    last = _last_selection(begins)
-    return Schedule(begins, [i < last for i in range(length)], _check_tradeoff(tradeoff, length, 'attention'))
+    begins, ratios = _per_segment(length, firsts, keep_ratio, downsampling)
+    last = _last_selection(begins, ratios)
+    scored = [i < last for i in range(length)]
+    return Schedule(begins, ratios, scored, _check_tradeoff(tradeoff, length, 'attention'))
 
 
 def make_layerwise(schedule: Schedule) -> Schedule:
     """The schedule with a selection in every block that a stage-wise one evolves, at the ratio of its segment."""
-    keep_ratio, current = [], 1.
-    for ratio in schedule.keep_ratio:
-        current = ratio or current
-        keep_ratio.append(current if current < 1 else ratio)
-    first = next((i for i, ratio in enumerate(keep_ratio) if 0 < ratio < 1), len(keep_ratio))
-    last = _last_selection(keep_ratio)
+    begins = [begin or ratio < 1 for begin, ratio in zip(schedule.begins, schedule.keep_ratio, strict=True)]
+    first = next((i for i, ratio in enumerate(schedule.keep_ratio) if ratio < 1), len(begins))
+    last = _last_selection(begins, schedule.keep_ratio)
     scored = [read or first <= i < last for i, read in enumerate(schedule.scored)]
-    return Schedule(keep_ratio, scored, schedule.tradeoff)
+    return schedule._replace(begins=begins, scored=scored)
 
 
 def cut_schedule(schedule: Schedule, length: int) -> Schedule:
     """The schedule of a model that has lost all but its first entries; scores for lost selections go, too."""
-    keep_ratio = schedule.keep_ratio[:length]
-    last = _last_selection(keep_ratio)
-    return Schedule(keep_ratio, [read and i < last for i, read in enumerate(schedule.scored[:length])],
-                    schedule.tradeoff[:length])
+    begins, keep_ratio, scored, tradeoff = (entries[:length] for entries in schedule)
+    last = _last_selection(begins, keep_ratio)
+    return Schedule(begins, keep_ratio, [read and i < last for i, read in enumerate(scored)], tradeoff)
 
 
 def check_layerwise_updates(layerwise_updates: int, selection: str) -> None:
@@ -176,14 +173,14 @@ def check_slow_tokens(keep_ratio: Sequence[float], num_patches: Sequence[int]) -
     """Refuse a keep ratio that leaves no slow token.
 
     Args:
-        keep_ratio: Of each entry of a schedule.
+        keep_ratio: Share of the patch tokens of each block.
         num_patches: Patch tokens that each has to select from.
 
     Raises:
         ValueError: What is not allowed, and what is.
     """
     for ratio, number in zip(keep_ratio, num_patches, strict=True):
-        if ratio > 0 and int(ratio * number) < 1:
+        if int(ratio * number) < 1:
             raise ValueError(
                 f'keep_ratio={ratio} of {number} patch tokens leaves none on the slow path, it must be at least '
                 f'{math.ceil(1e4 / number) / 1e4:g} here.')
@@ -210,30 +207,37 @@ def _check_tradeoff(tradeoff: float | Sequence[float], length: int, entry: str) 
     ]
 
 
-def _begin_segments(length: int, firsts: list[int], keep_ratio: float | Sequence[float]) -> list[float]:
-    """The ratio of each segment at its first entry, 0 elsewhere."""
-    begins = [0.] * length
-    for first, ratio in zip(firsts, _per_entry('keep_ratio', keep_ratio, len(firsts), 'segment'), strict=True):
-        begins[first] = _check_share('keep_ratio', ratio, '(0, 1]', low_included=False)
-    return begins
+def _per_segment(
+        length: int,
+        firsts: Sequence[int],
+        keep_ratio: float | Sequence[float],
+        dense: Sequence[int] = (),
+) -> tuple[list[bool], list[float]]:
+    """`begins` and `keep_ratio` of a schedule, from the first entry of each segment and of dense ones in between."""
+    ratios = _per_entry('keep_ratio', keep_ratio, len(firsts), 'segment')
+    ratios = [_check_share('keep_ratio', ratio, '(0, 1]', low_included=False) for ratio in ratios]
+    by_first = dict(zip(firsts, ratios, strict=True)) | dict.fromkeys(dense, 1.)
+    per_entry = list(itertools.accumulate(range(length), lambda ratio, i: by_first.get(i, ratio), initial=1.))[1:]
+    return [i in by_first for i in range(length)], per_entry
 
 
-def _last_selection(keep_ratio: list[float]) -> int:
-    return max((i for i, ratio in enumerate(keep_ratio) if 0 < ratio < 1), default=0)
+def _selects(begins: list[bool], keep_ratio: list[float]) -> list[bool]:
+    return [begin and ratio < 1 for begin, ratio in zip(begins, keep_ratio, strict=True)]
 
 
-def _read_scores(keep_ratio: list[float], tradeoff: list[float]) -> list[bool]:
+def _last_selection(begins: list[bool], keep_ratio: list[float]) -> int:
+    return max((i for i, selects in enumerate(_selects(begins, keep_ratio)) if selects), default=0)
+
+
+def _read_scores(begins: list[bool], keep_ratio: list[float], tradeoff: list[float]) -> list[bool]:
     """Whether a later selection reads the scores of each block."""
-    dense = []
-    for i, ratio in enumerate(keep_ratio):
-        dense.append(ratio == 1 if ratio > 0 else dense[i - 1] if i else True)
-
-    scored = [False] * len(keep_ratio)
+    selects = _selects(begins, keep_ratio)
+    scored = [False] * len(begins)
     read = False  # going backwards: whether anything from here on reads the scores that come in
-    for i in reversed(range(len(keep_ratio))):
+    for i in reversed(range(len(begins))):
         scored[i] = read
-        if 0 < keep_ratio[i] < 1:
+        if selects[i]:
             read = True
-        elif dense[i] and tradeoff[i] == 1:
+        elif keep_ratio[i] == 1 and tradeoff[i] == 1:
             read = False  # every token takes the new attention whole, nothing is left of the scores before
     return scored

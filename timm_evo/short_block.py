@@ -1,38 +1,145 @@
 """ The last block, for no more tokens than the head reads
 
 A head on the class token reads nothing else of the last block, so every other token is looked at there, but need not be
-updated. What is left is attention with one query, and a projection and an MLP on one token.
+updated. What is left is attention with one query, and a projection and an MLP on one token. The projections of keys and
+values can be applied to the one query and to the one sum then, instead of to every token.
+
+It is taken only where nobody can tell: no module of the block is replaced, and nothing that would see other tokens than
+with the whole block is watched, by hooks or an own method.
 """
+import torch
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from . import evolution
+__all__ = ['can_be_short', 'forward_first']
+
+# A layer of another origin may need all tokens: an adapter, one that is quantized, or somebody's own.
+_KNOWN_ORIGINS = ('timm.', 'torch.nn.modules.', 'timm_evo.')
 
 
-def can_be_short(block: nn.Module) -> bool:
-    """Whether `forward_first` computes what the block does.
-
-    Not for other blocks and attentions, normalised or gated ones, or a projection that was replaced, as by low-rank
-    adapters. Nor where hooks are on the block or within: whoever placed them, expects every module to be called.
-    """
+@torch.compiler.assume_constant_result  # what is compiled does not see hooks that come later, as everywhere
+def can_be_short(model: nn.Module) -> bool:
+    """Whether `forward_first` may take the place of the last block of a model, and nobody can tell."""
+    block = model.blocks[-1]
+    if not (type(block) is Block and type(block.attn) is Attention):
+        return False
+    attn = block.attn
     return (
-        type(block) is Block
-        and type(block.attn) is Attention
-        and type(block.attn.qkv) is nn.Linear
-        and isinstance(block.attn.q_norm, nn.Identity)
-        and isinstance(block.attn.k_norm, nn.Identity)
-        and isinstance(getattr(block.attn, 'norm', None), (nn.Identity, type(None)))
-        and getattr(block.attn, 'gate', None) is None
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+        type(attn.qkv) is nn.Linear
+        and type(attn.qkv.weight) in (nn.Parameter, Tensor)  # no quantized one, no shard
+        and isinstance(attn.q_norm, nn.Identity)
+        and isinstance(attn.k_norm, nn.Identity)
+        and isinstance(getattr(attn, 'norm', None), (nn.Identity, type(None)))
+        and getattr(attn, 'gate', None) is None
+        and not _has_any_global_hook()
+        and not _is_watched(model.blocks)
+        and _is_plain(model.norm)
+        and _is_plain(block)
+        and not _has_own_methods(model)
     )
+
+
+def _has_own_methods(model: nn.Module) -> bool:
+    """Whether the model is not all that the class is which says how many tokens its head reads."""
+    known_cls = next(cls for cls in type(model).__mro__ if '_num_read' in vars(cls))
+    return any(
+        name in vars(model) or getattr(type(model), name) is not getattr(known_cls, name)
+        for name in ('forward_features', 'forward_head', 'pool')
+    )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether anything but the class of the module says what happens when it is called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or 'forward' in module.__dict__
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module and those within are timm's or PyTorch's own, and nobody watches them."""
+    if _is_watched(module) or not type(module).__module__.startswith(_KNOWN_ORIGINS):
+        return False
+    return all(child is None or _is_plain(child) for child in module._modules.values())
 
 
 def forward_first(block: Block, x: Tensor, num_tokens: int) -> Tensor:
     """What timm's `Block.forward` returns for the first tokens: (B, L, C) to (B, num_tokens, C)."""
     attn = block.attn
     y = block.norm1(x)
-    attention = evolution.folded_attention(
+    attention = folded_attention(
         y[:, :num_tokens], y, attn.qkv.weight, attn.qkv.bias, attn.num_heads, attn.scale)
-    values = evolution.folded_values(attn.attn_drop(attention), y, attn.qkv.weight, attn.qkv.bias)
+    values = folded_values(attn.attn_drop(attention), y, attn.qkv.weight, attn.qkv.bias)
     x = x[:, :num_tokens] + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(values))))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def folded_attention(
+        query_tokens: Tensor,
+        tokens: Tensor,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        num_heads: int,
+        scale: float,
+) -> Tensor:
+    """Attention that a few tokens pay to all, without computing a single key.
+
+    The key projection can be applied to the few queries instead of to every token:
+    q . (W_k x + b_k) = (W_k^T q) . x + q . b_k, and the last term, equal for all tokens, drops out of the softmax. This
+    takes H * T * L * C multiplications instead of L * C * C.
+
+    Args:
+        query_tokens: Normalised tokens that look at the others (B, T, C).
+        tokens: Normalised tokens present (B, L, C).
+        qkv_weight: Stacked query, key and value projections (3 * H * d, C).
+        qkv_bias: Their bias (3 * H * d,), if any.
+        num_heads: Number of heads H.
+        scale: Factor on the products.
+
+    Returns:
+        Attention (B, H, T, L) in float32 or wider; every row sums to 1.
+    """
+    batch_size, num_queries = query_tokens.shape[:2]
+    head_dim = qkv_weight.shape[0] // (3 * num_heads)
+    query_weight, key_weight, _ = qkv_weight.chunk(3)
+    query_bias = None if qkv_bias is None else qkv_bias.chunk(3)[0]
+    query = nn.functional.linear(query_tokens.flatten(0, 1), query_weight, query_bias) * scale
+    query = query.view(batch_size * num_queries, num_heads, head_dim)
+    query = query.transpose(0, 1).bmm(key_weight.unflatten(0, (num_heads, head_dim)))  # (H, B * T, C)
+    query = query.view(num_heads, batch_size, num_queries, tokens.shape[2])
+    query = query.transpose(0, 1).flatten(1, 2)  # (B, H * T, C)
+    logits = query.bmm(tokens.transpose(1, 2))
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return logits.softmax(dim=-1).view(batch_size, num_heads, num_queries, tokens.shape[1])
+
+
+def folded_values(attention: Tensor, tokens: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None) -> Tensor:
+    """What a few tokens gather by attention, without computing a single value.
+
+    As in `folded_attention`, the projection is applied to the few results: sum_j a_j (W_v x_j + b_v) is
+    W_v (sum_j a_j x_j) + b_v sum_j a_j, where the last sum is 1 unless attention was dropped.
+
+    Args:
+        attention: Attention of few tokens to all (B, H, T, L).
+        tokens: Normalised tokens present (B, L, C).
+        qkv_weight: Stacked query, key and value projections (3 * H * d, C).
+        qkv_bias: Their bias (3 * H * d,), if any.
+
+    Returns:
+        Values of all heads side by side (B, T, H * d), as they enter the output projection.
+    """
+    batch_size, num_heads, num_queries, _ = attention.shape
+    gathered = attention.flatten(1, 2).to(tokens.dtype).bmm(tokens)
+    gathered = gathered.view(batch_size, num_heads, num_queries, tokens.shape[2])
+    weight = qkv_weight.chunk(3)[2].unflatten(0, (num_heads, -1))  # (H, d, C)
+    values = torch.einsum('bhtc,hdc->bthd', gathered, weight)
+    if qkv_bias is not None:
+        bias = qkv_bias.chunk(3)[2].unflatten(0, (num_heads, -1))
+        values = values + attention.sum(dim=3).transpose(1, 2).unsqueeze(3).to(values.dtype) * bias
+    return values.flatten(2)

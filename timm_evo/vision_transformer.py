@@ -5,27 +5,26 @@ vision transformers. Their blocks, embeddings, heads and weights are used as the
 through a block.
 """
 import copy
-import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.fx
 from timm.layers import to_2tuple
-from timm.models import checkpoint, is_model
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.levit import Levit
-from timm.models.vision_transformer import Attention, Block, VisionTransformer, init_weights_vit_timm
+from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
-from . import evolution, short_block
+from . import evolution, short_block, taps
 from .arguments import split_arguments
-from .layer_to_stage import LayerToStage
+from .beside import ClassAttentionBeside
+from .evolved import Evolved, attribute_names, combined_class
 from .schedule import check_flag, check_layerwise_updates, check_slow_tokens, cut_schedule, make_schedule
 
-__all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve', 'restore']
+__all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'TokenEvolution']
 
 # torchvision's tracer keeps the functions that timm has marked as untraceable whole, but only in the module that
 # defines the model's `forward`. `torch.fx.wrap` does so for the module it is called in, so it is called in timm's.
@@ -37,14 +36,16 @@ def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         raise ValueError('Token evolution takes no attention mask, attn_mask must be None and is_causal False.')
 
 
-class TokenEvolution(LayerToStage):
+class TokenEvolution(ClassAttentionBeside, Evolved):
     """Token evolution for a timm `VisionTransformer`, to stand before it in the bases of a class.
 
-    The blocks stay timm's own. Class attention is computed beside them, and only where a later selection reads it. A
-    model without class token is scored by the attention of its mean patch query.
+    The blocks stay timm's own. Class attention is taken from their own calls, and only where a later selection reads
+    it. A model without class token is scored by the attention of its mean patch query.
 
     Takes the arguments of the timm class and those of `init_evolution`.
     """
+    WEIGHTED_ARGUMENTS = frozenset(['class_head'])
+    __jit_ignored_attributes__ = ['_taps']
 
     def __init__(self, *args, **kwargs) -> None:
         evolution_args, kwargs = split_arguments(self.init_evolution, kwargs)
@@ -84,38 +85,20 @@ class TokenEvolution(LayerToStage):
             ValueError: An argument is outside what is allowed, or leaves no patch token to select.
             TypeError: The model has blocks that cannot be evolved.
         """
-        for block in self.blocks:
-            if not isinstance(block, Block) or not isinstance(block.attn, Attention):
-                raise TypeError(
-                    f'{type(block).__name__} with {type(getattr(block, "attn", None)).__name__} cannot be evolved: '
-                    'class attention is computed beside a block, from its `norm1` and the `qkv` of its `attn`, and '
-                    "only timm's Block with Attention is known to have them so.")
         check_flag('class_head', class_head)
-        dense = _attribute_names(self)
+        for block in self.blocks:
+            taps.check_block(block)
+        dense = attribute_names(self)
         self._depth = len(self.blocks)  # of the schedule; pruning leaves fewer blocks
-        self.qk_norm = any(not isinstance(block.attn.q_norm, nn.Identity) for block in self.blocks)
         self._set_evolution(
             keep_ratio, start_block, stage_depth, selection, tradeoff, fast_update, layerwise_updates)
         self._init_class_head(class_head)
-        self._added = sorted({*_attribute_names(self), '_added'} - dense)  # what `restore` takes away
+        self._taps = [taps.Tap.place(block) for block in self.blocks]
+        self._added = attribute_names(self) - dense | {'_added', 'dense_architecture'}
 
-    def set_evolution(self, **arguments) -> None:
-        """Change arguments of evolution at run time. A compiled model is compiled once more.
-
-        Args:
-            **arguments: What changes of the arguments of `init_evolution`, without `class_head`, which has weights.
-
-        Raises:
-            TypeError: An argument is not known.
-            ValueError: An argument is outside what is allowed; then nothing has changed.
-        """
-        unknown = sorted(arguments.keys() - self.evolution.keys())
-        if unknown:
-            raise TypeError(f'{unknown[0]} cannot be set, only {", ".join(self.evolution)} can.')
-        self._set_evolution(**self.evolution | arguments)
-        # where a newer timm notes what it saves a model with; one that `evolve` has made is saved as dense
-        if hasattr(self, '_model_args') and _architecture(self).startswith('evo_'):
-            self._model_args = self._model_args | arguments
+    def _restore_modules(self) -> None:
+        for block in self.blocks:
+            taps.Tap.remove(block)
 
     def _set_evolution(
             self,
@@ -200,8 +183,7 @@ class TokenEvolution(LayerToStage):
         """
         if not torch.jit.is_scripting():
             self._follow_count()
-        num_prefix = self.num_prefix_tokens
-        keep_ratio, scored, tradeoff = self.schedule  # by position, because TorchScript forgets the names
+        begins, keep_ratio, scored, tradeoff = self.schedule  # by position, because TorchScript forgets the names
         intermediates: list[Tensor] = []
         tokens = x  # what the next block sees
         scores: Tensor | None = None
@@ -213,45 +195,61 @@ class TokenEvolution(LayerToStage):
         else:
             blocks = self.blocks[:stop]
         for i, block in enumerate(blocks):
-            if keep_ratio[i] > 0:
-                x = evolution.slow_fast_update(x, tokens, slow, representative)
+            if begins[i]:
+                x = evolution.follow(x, tokens, slow, representative)
                 tokens, slow, representative = evolution.begin_segment(
-                    x, scores, keep_ratio[i], num_prefix, self.fast_update)
+                    x, scores, keep_ratio[i], self.num_prefix_tokens, self.fast_update)
 
             if scored[i]:
-                attn = block.attn
-                # whether the weight is all that the projection computes, as with no adapter or quantized layer
-                has_weight = True
-                if not torch.jit.is_scripting():  # TorchScript can't ask for types
-                    has_weight = type(attn.qkv) is nn.Linear
-                if has_weight and not self.qk_norm:
-                    # the normalised tokens get no name, which would keep them in memory while the block runs
-                    attention = evolution.folded_class_attention(
-                        block.norm1(tokens), self.has_class_token, num_prefix, slow,
-                        attn.qkv.weight, attn.qkv.bias, attn.num_heads, attn.scale)
+                if torch.jit.is_scripting():
+                    attention = self._class_attention_beside(i, tokens, slow)
+                    tokens = block(tokens)
                 else:
-                    y = block.norm1(tokens)
-                    if has_weight:
-                        querying = evolution.select_query_tokens(y, self.has_class_token, num_prefix, slow)
-                        q, k = evolution.project_query_key(querying, y, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
-                    else:
-                        y = attn.qkv(y)
-                        querying = evolution.select_query_tokens(y, self.has_class_token, num_prefix, slow)
-                        q, k = evolution.split_query_key(querying, y, attn.num_heads)
-                    attention = evolution.class_attention(attn.q_norm(q).mean(dim=2), attn.k_norm(k), attn.scale)
+                    tokens, attention = self._call_and_score(i, block, tokens, slow)
                 scores = evolution.global_class_attention(scores, attention, tradeoff[i], slow)
-
-            if num_read is not None and not torch.jit.is_scripting():
-                if i == len(self.blocks) - 1:
-                    return short_block.forward_first(block, tokens, num_read), intermediates
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            elif torch.jit.is_scripting():
+                tokens = block(tokens)
+            elif num_read is not None and i == len(self.blocks) - 1:
+                return short_block.forward_first(block, tokens, num_read), intermediates
+            elif self.grad_checkpointing:
                 tokens = checkpoint(block, tokens)
             else:
                 tokens = block(tokens)
             if i in take_indices:
-                intermediates.append(evolution.slow_fast_update(x, tokens, slow, representative))
+                intermediates.append(evolution.follow(x, tokens, slow, representative))
 
-        return evolution.slow_fast_update(x, tokens, slow, representative), intermediates
+        return evolution.follow(x, tokens, slow, representative), intermediates
+
+    @torch.jit.ignore
+    def _call_and_score(
+            self,
+            index: int,
+            block: nn.Module,
+            tokens: Tensor,
+            slow: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Call a block, and take its class attention.
+
+        Args:
+            index: Which block it is.
+            block: The block.
+            tokens: Tokens present (B, L, C).
+            slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+
+        Returns:
+            What the block returns (B, L, C).
+            Class attention (B, L).
+        """
+        heard_with = (self._taps[index], self.has_class_token, self.num_prefix_tokens, slow)
+        if not self.grad_checkpointing:
+            out, attention = taps.call_and_score(block, tokens, *heard_with)
+        elif not torch.compiler.is_dynamo_compiling():
+            out, attention = checkpoint(taps.call_and_score, block, tokens, *heard_with)
+        else:  # what is checkpointed in compiled code may leave nothing behind but its result
+            out, attention = checkpoint(block, tokens), None
+        if attention is None:
+            attention = self._class_attention_beside(index, tokens, slow)
+        return out, attention
 
     def _num_read(self) -> int | None:
         """Number of tokens at the beginning of the sequence that the head reads, None if it may read any."""
@@ -260,7 +258,7 @@ class TokenEvolution(LayerToStage):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to logits, as timm's: `forward_features`, then `forward_head`.
 
-        Where the head reads the class token alone, the last block computes nothing else.
+        Where the head reads the class token alone, and nobody can tell, the last block computes nothing else.
 
         Args:
             x: Images (B, C, H, W).
@@ -274,13 +272,12 @@ class TokenEvolution(LayerToStage):
             ValueError: A mask is given.
         """
         _refuse_mask(attn_mask, is_causal)
-        num_read: int | None = None
-        if not torch.jit.is_scripting():  # TorchScript can't pass modules on
+        if not torch.jit.is_scripting():  # TorchScript can't pass modules on, and symbolic tracing names every node
             num_read = self._num_read()
-            if num_read is not None and not short_block.can_be_short(self.blocks[-1]):
-                num_read = None
-        x, _ = self._forward_blocks(self._embed(x), [], num_read=num_read)
-        return self.forward_head(self.norm(x))
+            if num_read is not None and not isinstance(x, torch.fx.Proxy) and short_block.can_be_short(self):
+                x, _ = self._forward_blocks(self._embed(x), [], num_read=num_read)
+                return self.forward_head(self.norm(x))
+        return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Pass images through embedding, blocks and norm.
@@ -427,133 +424,23 @@ class EvoVisionTransformerDistilled(TokenEvolution, VisionTransformerDistilled):
 _REPLACED = ('forward', 'forward_features', 'forward_intermediates', 'get_intermediate_layers')
 
 
-@functools.cache
-def _evolved_class(dense_cls: type[VisionTransformer]) -> type[TokenEvolution]:
-    """The evolved class of timm's class, or of a subclass of it."""
-    for base in (EvoVisionTransformer, EvoVisionTransformerDistilled):
-        if dense_cls is _dense_class(base):
-            return base
-    for base in (EvoVisionTransformerDistilled, EvoVisionTransformer):
-        timm_cls = _dense_class(base)
-        # what the head reads is known of timm's own heads
-        is_known = dense_cls.forward_head is timm_cls.forward_head and dense_cls.pool is timm_cls.pool
-        if issubclass(dense_cls, timm_cls) and is_known:
-            break
-    else:
-        base = TokenEvolution
-    return type(f'Evo{dense_cls.__name__}', (base, dense_cls), {
-        '__doc__': f'`{dense_cls.__name__}` with token evolution.',
-        '__module__': dense_cls.__module__,
-        '__reduce__': lambda self: (_new, (dense_cls,), self.__dict__),  # a copy or a file can't find it by its name
-    })
+def evolved_class(dense_cls: type[VisionTransformer]) -> type[TokenEvolution]:
+    """The evolved class of timm's class, or of a subclass of it.
 
-
-def _new(dense_cls: type[VisionTransformer]) -> TokenEvolution:
-    evolved_cls = _evolved_class(dense_cls)
-    return evolved_cls.__new__(evolved_cls)
-
-
-def _dense_class(evolved_cls: type[TokenEvolution]) -> type[VisionTransformer]:
-    return next(cls for cls in evolved_cls.__mro__ if not issubclass(cls, LayerToStage))
-
-
-def _check_class(model: nn.Module) -> None:
-    """Refuse what has no class that could be evolved, with the reason."""
-    dense_cls = type(model)
-    name = dense_cls.__name__
-    if isinstance(model, TokenEvolution):
-        raise TypeError(f'{name} is evolved already, its set_evolution changes the arguments.')
-    if isinstance(model, LayerToStage):
-        raise TypeError(f'{name} is evolved already.')
-    if isinstance(model, Levit):
-        raise TypeError(f"{name} cannot be evolved as it is, create it by timm.create_model('evo_levit_*').")
-    wrapped = [child for child in model.children() if isinstance(child, VisionTransformer)]
-    if wrapped and not isinstance(model, VisionTransformer):
-        raise TypeError(
-            f'{name} cannot be evolved, it wraps {type(wrapped[0]).__name__}: evolve that, before it is wrapped, '
-            'compiled or turned into a backbone.')
-    if not isinstance(model, VisionTransformer):
-        names = ' '.join(name for name, _ in [*model.named_parameters(), *model.named_modules()])
-        if 'rel_pos' in names or 'relative_position' in names:
-            reason = 'its attention has biases by relative position, which need the whole grid'
-        elif 'attn' not in names:
-            reason = 'it has no attention, and so no tokens to select'
-        else:
-            reason = "its forward pass is not that of timm's VisionTransformer"
-        raise TypeError(f'{name} cannot be evolved, {reason}. VisionTransformer and its subclasses can.')
+    Raises:
+        TypeError: The class has a forward pass of its own.
+    """
     for method in _REPLACED:
         if getattr(dense_cls, method) is not getattr(VisionTransformer, method):
             raise TypeError(
-                f"{name} cannot be evolved, its {method} is its own and not that of timm's VisionTransformer.")
-
-
-def evolve(model: VisionTransformer, **evolution_args) -> TokenEvolution:
-    """Give token evolution to a dense timm model, in place.
-
-    Args:
-        model: A `VisionTransformer`, or of a subclass that leaves its forward pass as it is.
-        **evolution_args: Arguments of `TokenEvolution.init_evolution`.
-
-    Returns:
-        The same object, its class changed to the evolved one; weights, device and mode as they were.
-
-    Raises:
-        TypeError: The model is of another class, or has blocks that cannot be evolved.
-        ValueError: An argument is outside what is allowed.
-    """
-    _check_class(model)
-    _, unknown = split_arguments(TokenEvolution.init_evolution, evolution_args)
-    if unknown:
-        raise TypeError(f'{next(iter(unknown))} is no argument of evolution, see TokenEvolution.init_evolution.')
-    dense_cls = type(model)
-    dense = _attribute_names(model)
-    model.__class__ = _evolved_class(dense_cls)
-    try:
-        model.init_evolution(**evolution_args)
-    except BaseException:
-        _take_away(model, _attribute_names(model) - dense)
-        raise
-    return model
-
-
-def restore(model: TokenEvolution) -> VisionTransformer:
-    """Take token evolution away again, in place: the dense model with the weights as they are now.
-
-    Args:
-        model: A model of `evolve` or `timm.create_model('evo_*')`.
-
-    Returns:
-        The same object, its class changed to timm's. Without a class head, if it had one.
-
-    Raises:
-        TypeError: The model is not evolved.
-    """
-    if not isinstance(model, TokenEvolution):
-        if isinstance(model, LayerToStage):
-            raise TypeError(f'{type(model).__name__} cannot be restored, only a vision transformer can.')
-        raise TypeError(f'{type(model).__name__} is not evolved, there is nothing to restore.')
-    evolution_args = {*model.evolution, 'class_head'}
-    _take_away(model, model._added)
-    architecture = _architecture(model).removeprefix('evo_')
-    if architecture != _architecture(model) and is_model(architecture):  # what timm saves is dense, too
-        model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | {'architecture': architecture}
-        if hasattr(model, '_model_args'):
-            model._model_args = {k: v for k, v in model._model_args.items() if k not in evolution_args}
-    return model
-
-
-def _architecture(model: nn.Module) -> str:
-    """Name that timm has created a model by, if it has."""
-    return getattr(model, 'pretrained_cfg', {}).get('architecture', '')
-
-
-def _attribute_names(model: nn.Module) -> set[str]:
-    return {*vars(model), *model._modules, *model._buffers, *model._parameters}
-
-
-def _take_away(model: TokenEvolution, names: Iterable[str]) -> None:
-    """Make a model dense again that has got these attributes by evolution."""
-    model._stop_counting()
-    model.__class__ = _dense_class(type(model))
-    for name in names:
-        delattr(model, name)
+                f"{dense_cls.__name__} cannot be evolved, its {method} is its own and not that of timm's "
+                'VisionTransformer.')
+    known = {VisionTransformer: EvoVisionTransformer, VisionTransformerDistilled: EvoVisionTransformerDistilled}
+    if dense_cls in known:
+        return known[dense_cls]
+    for timm_cls in (VisionTransformerDistilled, VisionTransformer):
+        # what the head reads is known of timm's own heads
+        is_known = dense_cls.forward_head is timm_cls.forward_head and dense_cls.pool is timm_cls.pool
+        if issubclass(dense_cls, timm_cls) and is_known:
+            return combined_class(known[timm_cls], dense_cls)
+    return combined_class(TokenEvolution, dense_cls)

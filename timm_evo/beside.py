@@ -1,0 +1,60 @@
+""" Class attention computed beside a block
+
+Its tokens are projected once more, by its own modules. That takes longer than a tap and is for where none can be:
+TorchScript, whose threads Python knows nothing of; checkpointing in compiled code, which may leave nothing behind but
+its result; attentions that do not call their norms.
+"""
+import torch
+from torch import Tensor
+
+from . import evolution
+
+__all__ = ['ClassAttentionBeside']
+
+
+def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Queries, keys and values side by side (B, L, 3 * H * d) to queries and keys (B, H, L, d)."""
+    qkv = qkv.view(qkv.shape[0], qkv.shape[1], 3, num_heads, qkv.shape[2] // (3 * num_heads))
+    return qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)
+
+
+class ClassAttentionBeside:
+    """For a model with `blocks` of the kinds that can be evolved, as TorchScript takes it."""
+
+    def _class_attention_beside(self, index: int, x: Tensor, slow: Tensor | None) -> Tensor:
+        """Class attention of a block.
+
+        Args:
+            index: Which block it is.
+            x: Tokens that enter it (B, L, C).
+            slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+
+        Returns:
+            Attention (B, L), see `evolution.class_attention`.
+        """
+        attention: Tensor | None = None
+        for i, block in enumerate(self.blocks):  # TorchScript can't pick a module by its number
+            if i == index:
+                if hasattr(block, 'attns'):  # ParallelThingsBlock
+                    for part in block.attns:
+                        q, k = _split_heads(part.attn.qkv(part.norm(x)), part.attn.num_heads)
+                        paid = self._pay(part.attn.q_norm(q), part.attn.k_norm(k), part.attn.scale, slow)
+                        attention = paid if attention is None else attention + paid
+                elif hasattr(block, 'in_proj'):  # ParallelScalingBlock
+                    y = block.in_proj(block.in_norm(x))
+                    if hasattr(block, 'qkv_bias') and block.mlp_bias is not None:
+                        # an older timm adds the bias of its MLP to the last of all features, whatever they are
+                        y = y + torch.cat([block.qkv_bias, block.mlp_bias])
+                    q, k = _split_heads(y[:, :, block.in_split[0]:], block.num_heads)
+                    attention = self._pay(block.q_norm(q), block.k_norm(k), block.scale, slow)
+                else:  # ResPostBlock has no norm before the attention, Block has
+                    y = x if hasattr(block, 'init_values') else block.norm1(x)
+                    q, k = _split_heads(block.attn.qkv(y), block.attn.num_heads)
+                    attention = self._pay(block.attn.q_norm(q), block.attn.k_norm(k), block.attn.scale, slow)
+        assert attention is not None
+        return attention
+
+    def _pay(self, query: Tensor, key: Tensor, scale: float, slow: Tensor | None) -> Tensor:
+        """Class attention (B, L) by queries and keys (B, H, L, d)."""
+        query = evolution.class_query(query, self.has_class_token, self.num_prefix_tokens, slow)
+        return evolution.class_attention(query, key, scale)

@@ -1,0 +1,244 @@
+""" Class attention from a block's own call
+
+Every attention of timm calls `q, k = self.q_norm(q), self.k_norm(k)`, with identities where there is no norm. A tap
+stands in these two places: it changes the class of the modules there, so their parameters keep their names, and hears
+the queries and keys that the block attends with, whatever made them: adapters, quantized weights, hooks, shards.
+
+Threads may run one model at the same time, so what is heard belongs to one call of a block, a `Listener`. A thread
+keeps the listener of the block that it runs to itself. Compiled code can't tell threads apart, and takes it from the
+tap: where a whole model is compiled, that is plain data flow; blocks that are compiled one by one take turns.
+"""
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from timm.models.vision_transformer import (
+    Attention,
+    Block,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+)
+from torch import Tensor, nn
+
+from . import evolution
+
+__all__ = ['Tap', 'check_block', 'call_and_score']
+
+
+class Tap:
+    """Where the queries and keys of a block can be heard.
+
+    Attributes:
+        listener: For compiled code: who hears; None while the block does not run.
+    """
+
+    def __init__(self) -> None:
+        self.listener: Listener | None = None
+
+    @classmethod
+    def place(cls, block: nn.Module) -> 'Tap':
+        """Change the class of the modules in the places of `q_norm` and `k_norm`, or find a tap that is there already.
+
+        Args:
+            block: A block that `check_block` takes. Shallow copies of a model share their blocks, and so the taps.
+        """
+        attentions = _attentions(block)
+        if isinstance(attentions[0].k_norm, _Tapped):
+            return attentions[0].k_norm.tap
+        tap = cls()
+        for attn in attentions:
+            for norm, tapped_cls in ((attn.q_norm, _TappedQuery), (attn.k_norm, _TappedKey)):
+                norm.__class__ = _tapped_class(type(norm), tapped_cls)
+                norm.tap, norm.attn_scale = tap, attn.scale
+                norm.heads_first = not isinstance(attn, ParallelScalingBlock)
+        return tap
+
+    @staticmethod
+    def remove(block: nn.Module) -> None:
+        """Give the modules their own class again."""
+        for module in block.modules():
+            if isinstance(module, _Tapped):
+                module.__class__ = module.norm_cls
+                del module.tap, module.attn_scale, module.heads_first
+
+
+class Listener:
+    """Takes the class attention of one call of a block.
+
+    Args:
+        tap: Where it hears.
+        class_token: Whether the first token is the class token.
+        num_prefix_tokens: Number of prefix tokens P.
+        slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+    """
+
+    def __init__(self, tap: Tap, class_token: bool, num_prefix_tokens: int, slow: Tensor | None) -> None:
+        self.tap = tap
+        self.class_token = class_token
+        self.num_prefix_tokens = num_prefix_tokens
+        self.slow = slow
+        self._with_gradient = torch.is_grad_enabled()
+        self._query: Tensor | None = None  # of the attention whose keys come next
+        self._postponed: list[tuple[Tensor, Tensor, float]] = []
+        self._attention: Tensor | None = None
+
+    def hear_query(self, query: Tensor) -> None:
+        """Take queries (B, H, L, d)."""
+        self._query = evolution.class_query(query, self.class_token, self.num_prefix_tokens, self.slow)
+
+    def hear_key(self, key: Tensor, scale: float) -> None:
+        """Take keys (B, H, L, d) of an attention with a factor on its products."""
+        if self._with_gradient != torch.is_grad_enabled():
+            return  # a wrapper has taken the gradient away, and recomputes the block where nobody listens
+        if self._with_gradient:
+            # Who recomputes the block without a listener, as a wrapper around it may, must find the same tensors saved
+            # for its gradient: views save none.
+            self._postponed.append((self._query, key, scale))
+        else:
+            self._add(self._query, key, scale)  # at once, because the keys would stay in memory while the MLP runs
+        self._query = None  # a view of all that was projected
+
+    def class_attention(self) -> Tensor | None:
+        """Class attention (B, L), summed over the heads of all attentions in the block; None if none could be heard."""
+        for postponed in self._postponed:
+            self._add(*postponed)
+        return self._attention
+
+    def _add(self, query: Tensor, key: Tensor, scale: float) -> None:
+        attention = evolution.class_attention(query, key, scale)
+        self._attention = attention if self._attention is None else self._attention + attention
+
+
+_thread = threading.local()  # its `listener` is that of the block which this thread runs
+_turn = threading.Lock()  # of the threads that run a compiled block
+
+
+def call_and_score(
+        block: nn.Module,
+        x: Tensor,
+        tap: Tap,
+        class_token: bool,
+        num_prefix_tokens: int,
+        slow: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Call a block and take its class attention.
+
+    Args:
+        block: A block that `tap` stands in, wrapped or compiled or not.
+        x: Tokens present (B, L, C).
+        tap: Its tap.
+        class_token: Whether the first token is the class token.
+        num_prefix_tokens: Number of prefix tokens P.
+        slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+
+    Returns:
+        What the block returns (B, L, C).
+        Class attention (B, L), see `evolution.class_attention`; None if none could be heard.
+    """
+    listener = Listener(tap, class_token, num_prefix_tokens, slow)
+    if torch.compiler.is_dynamo_compiling():  # of this code; `is_compiling` is true while any thread compiles
+        tap.listener = listener
+        x = block(x)
+        tap.listener = None
+    elif threading.active_count() > 1 and _holds_compiled(block):
+        with _turn, _listening(listener):
+            x = block(x)
+    else:
+        with _listening(listener):
+            x = block(x)
+    return x, listener.class_attention()
+
+
+@contextmanager
+def _listening(listener: Listener) -> Iterator[None]:
+    """Listen on this thread, and in compiled blocks."""
+    before = getattr(_thread, 'listener', None)  # a hook in a block may call another model
+    _thread.listener = listener.tap.listener = listener
+    try:
+        yield
+    finally:
+        _thread.listener, listener.tap.listener = before, None
+
+
+def _holds_compiled(module: nn.Module) -> bool:
+    if module._compiled_call_impl is not None or '_orig_mod' in module._modules:
+        return True
+    return any(child is not None and _holds_compiled(child) for child in module._modules.values())
+
+
+class _Tapped(nn.Module):
+    """To stand before the class of a norm, or of the identity in its place: what leaves it is heard.
+
+    What the norm computes is left alone; TorchScript compiles nothing else.
+    """
+    __jit_ignored_attributes__ = ['tap']
+
+    def _listener(self) -> Listener | None:
+        if torch.compiler.is_dynamo_compiling():
+            return self.tap.listener
+        listener = getattr(_thread, 'listener', None)
+        return listener if listener is not None and listener.tap is self.tap else None
+
+    def _get_name(self) -> str:
+        return self.norm_cls.__name__  # in representations, as in the dense model
+
+
+class _TappedQuery(_Tapped):
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = super().__call__(x)
+        listener = self._listener()
+        if listener is not None:
+            listener.hear_query(x if self.heads_first else x.transpose(1, 2))
+        return x
+
+
+class _TappedKey(_Tapped):
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = super().__call__(x)
+        listener = self._listener()
+        if listener is not None:
+            listener.hear_key(x if self.heads_first else x.transpose(1, 2), self.attn_scale)
+        return x
+
+
+@functools.cache
+def _tapped_class(norm_cls: type[nn.Module], tapped_cls: type[_Tapped]) -> type[_Tapped]:
+    return type(f'{tapped_cls.__name__}{norm_cls.__name__}', (tapped_cls, norm_cls), {
+        '__module__': norm_cls.__module__,  # which tells symbolic tracing what to look into
+        '__annotations__': getattr(norm_cls, '__annotations__', {}),  # TorchScript does not look at base classes
+        '__reduce__': lambda self: (_new, (norm_cls, tapped_cls), self.__dict__),  # a file can't find it by its name
+        'norm_cls': norm_cls,
+    })
+
+
+def _new(norm_cls: type[nn.Module], tapped_cls: type[_Tapped]) -> _Tapped:
+    cls = _tapped_class(norm_cls, tapped_cls)
+    return cls.__new__(cls)
+
+
+def _attentions(block: nn.Module) -> list[nn.Module]:
+    """The modules of a block that have `q_norm`, `k_norm` and `scale`."""
+    if isinstance(block, ParallelThingsBlock):
+        return [part.attn for part in block.attns]
+    return [block if isinstance(block, ParallelScalingBlock) else block.attn]
+
+
+def check_block(block: nn.Module) -> None:
+    """Refuse a block whose attention is not known.
+
+    Raises:
+        TypeError: It is none of timm's with `Attention`; what they attend with is known.
+    """
+    known = isinstance(block, (Block, ResPostBlock, ParallelThingsBlock, ParallelScalingBlock))
+    attentions = _attentions(block) if known else [getattr(block, 'attn', None)]
+    unknown = [attn for attn in attentions if not isinstance(attn, (Attention, ParallelScalingBlock))]
+    if not known or unknown:
+        inner = f' with {type(unknown[0]).__name__}' if unknown and unknown[0] is not None else ''
+        raise TypeError(
+            f'{type(block).__name__}{inner} cannot be evolved: what the class token pays to each token is known of '
+            "timm's Attention in a Block, ResPostBlock, ParallelThingsBlock or ParallelScalingBlock.")
