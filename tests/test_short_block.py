@@ -227,14 +227,23 @@ def test_hooks_on_all_modules_see_every_token(register, lengths):
     assert lengths == []
 
 
-def test_a_hook_on_the_blocks_gets_the_whole_block(lengths):
-    model = build()
-    handle = model.blocks.register_forward_hook(lambda *values: None)
-    model(images())
-    assert lengths == []
+@pytest.mark.parametrize('register', HOOKS)
+def test_hooks_on_the_blocks_see_what_goes_in_and_what_comes_out(register, lengths):
+    model, plain = build(), build()
+    shapes = []
+
+    def hook(module, *values):
+        assert module[0] is model.blocks[0]
+        shapes.extend(v.shape for value in values for v in (value if isinstance(value, tuple) else (value,)))
+
+    handle = getattr(model.blocks, register)(hook)
+    logits = model(images())
+    logits.sum().backward()
+    assert shapes and set(shapes) == {(3, 37, 24)} and lengths == []
     handle.remove()
+    torch.testing.assert_close(logits, plain(images()), rtol=0, atol=1e-10)
     model(images())
-    assert lengths == [1]
+    assert lengths == [1, 1]
 
 
 def test_a_compiled_last_block_is_called(lengths):

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-__all__ = ['can_be_short', 'forward_first']
+__all__ = ['can_be_short', 'forward_first', 'has_hooks']
 
 # A layer of another origin may need all tokens: an adapter, one that is quantized, or somebody's own.
 _KNOWN_ORIGINS = ('timm.', 'torch.nn.modules.', 'timm_evo.')
@@ -49,16 +49,15 @@ def _has_own_methods(model: nn.Module) -> bool:
     )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether there are hooks on the module itself."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 def _is_watched(module: nn.Module) -> bool:
     """Whether anything but the class of the module says what happens when it is called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or 'forward' in module.__dict__
-    )
+    return has_hooks(module) or module._compiled_call_impl is not None or 'forward' in module.__dict__
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -294,8 +294,19 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
             ValueError: A mask is given.
         """
         _refuse_mask(attn_mask, is_causal)
-        x, _ = self._forward_blocks(self._embed(x), [])
+        x = self._embed(x)
+        if not torch.jit.is_scripting() and short_block.has_hooks(self.blocks):
+            x = self._call_blocks(x)
+        else:
+            x, _ = self._forward_blocks(x, [])
         return self.norm(x)
+
+    @torch.jit.ignore
+    def _call_blocks(self, x: Tensor) -> Tensor:
+        """Run the blocks as the one module that they are in timm's model, for the hooks on it."""
+        blocks = copy.copy(self.blocks)
+        blocks.forward = lambda x: self._forward_blocks(x, [])[0]
+        return blocks(x)
 
     def forward_intermediates(
             self,
