@@ -26,7 +26,7 @@ from test_faithful import Reference
 from timm.models import push_to_hf_hub, save_for_hf
 from torch import nn
 
-from timm_evo import cli
+from timm_evo import cli, download
 from timm_evo import hub as evolved_hub
 
 REPOSITORY = 'timm/test_vit.r160_in1k'
@@ -78,6 +78,13 @@ def pull(name: str, image_size: int | None = None, device: str = 'cpu', **kwargs
     logits = image_size and classify(model, image_size).numpy()
     evolved = getattr(model, 'model', model)  # of a feature extractor
     return Pulled(weights, model.pretrained_cfg['architecture'], tuple(evolved.schedule), logits)
+
+
+def count_checksums(name: str, cache_dir: Path) -> int:
+    """How many checksums are computed where a model is created."""
+    with mock.patch.object(download, 'sha_fileobj', wraps=download.sha_fileobj) as checksum:
+        timm.create_model(name, pretrained=True, cache_dir=cache_dir)
+    return checksum.call_count
 
 
 def push(folder: str, repo_id: str) -> str:
@@ -349,18 +356,53 @@ def test_damaged_weights_are_an_error_that_names_them_and_are_not_kept(client, s
     damage(served)
     failed = client.fail('evo_test_vit', cache_dir=tmp_path)
     assert f'evo_test_vit could not be loaded from {REPOSITORY}' in failed.message
-    assert ('model.safetensors was damaged, and was removed' in failed.message) == (damage in BEYOND_THE_CLIENT)
+    assert ('was damaged, and was removed from the cache' in failed.message) == (damage in BEYOND_THE_CLIENT)
     assert blobs(tmp_path) == []
     heal(served)
     assert_equal(client.pull('evo_test_vit', cache_dir=tmp_path).weights, load_file(dense / WEIGHTS))
 
 
-def test_weights_that_were_damaged_in_the_cache_are_removed(client, served, dense, tmp_path):
+def test_the_checksum_is_computed_once_after_a_download(hub, client, served, tmp_path):
+    assert client.call(count_checksums, 'evo_test_vit', tmp_path) == 1
+    assert client.call(count_checksums, 'evo_test_vit', tmp_path) == 0
+    hub.add(REPOSITORY, {WEIGHTS: served.content, 'README.md': b'another commit, the same weights'})
+    assert client.call(count_checksums, 'evo_test_vit', tmp_path) == 0
+    hub.add(REPOSITORY, {WEIGHTS: served.content[:-4] + np.float32(7).tobytes()})
+    assert client.call(count_checksums, 'evo_test_vit', tmp_path) == 1
+
+
+@pytest.mark.parametrize('name', [WEIGHTS, 'pytorch_model.bin'])
+def test_weights_that_cannot_be_read_any_more_are_removed_from_the_cache(hub, client, dense, tmp_path, name):
+    file = io.BytesIO()
+    torch.save(load_file(dense / WEIGHTS), file)
+    content = (dense / WEIGHTS).read_bytes() if name == WEIGHTS else file.getvalue()
+    hub.add(REPOSITORY, {name: content})
     client.pull('evo_test_vit', cache_dir=tmp_path)
     blob, = tmp_path.glob('models--*/blobs/*')
-    blob.write_bytes(served.content[:-400] + bytes(400))
-    assert 'was damaged' in client.fail('evo_test_vit', cache_dir=tmp_path).message
+    blob.write_bytes(content[:len(content) // 2])
+    failed = client.fail('evo_test_vit', cache_dir=tmp_path)
+    assert 'was damaged, and was removed from the cache' in failed.message and REPOSITORY in failed.message
+    assert blobs(tmp_path) == []
     assert_equal(client.pull('evo_test_vit', cache_dir=tmp_path).weights, load_file(dense / WEIGHTS))
+
+
+def test_weights_in_the_store_that_repositories_share_are_checked_and_removed(client, served, dense, tmp_path):
+    """Where a newer client keeps a file, and under another name; here it is moved there by hand."""
+    client.pull('evo_test_vit', cache_dir=tmp_path)
+    blob, = tmp_path.glob('models--*/blobs/*')
+    shared = blob.rename(tmp_path / ('0' * 64))
+    blob.symlink_to(shared)
+    shared.write_bytes(b'damaged')
+    assert 'was damaged' in client.fail('evo_test_vit', cache_dir=tmp_path).message
+    assert not shared.exists() and not blob.is_symlink()
+    assert_equal(client.pull('evo_test_vit', cache_dir=tmp_path).weights, load_file(dense / WEIGHTS))
+
+
+def test_what_is_wrong_with_a_model_is_not_blamed_on_its_weights(client, served, tmp_path):
+    client.pull('evo_test_vit', cache_dir=tmp_path)
+    assert client.fail('evo_test_vit', cache_dir=tmp_path, keep_ratio=2).message.startswith('keep_ratio=2')
+    failed = client.fail('evo_test_vit', cache_dir=tmp_path, depth=5)
+    assert 'Error(s) in loading state_dict' in failed.message and 'Hugging Face' not in failed.message
 
 
 REFUSALS = pytest.mark.parametrize('status, what, kind', [
