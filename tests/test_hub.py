@@ -11,7 +11,7 @@ import os
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -87,14 +87,21 @@ def count_checksums(name: str, cache_dir: Path) -> int:
     return checksum.call_count
 
 
-def push(folder: str, repo_id: str) -> str:
-    return push_to_hf_hub(timm.create_model(f'local-dir:{folder}', pretrained=True), repo_id, token='hf_anybody').oid
+def arguments(model: nn.Module, name: str) -> dict | None:
+    """What a timm that does not note the arguments of its models has to be told."""
+    return None if hasattr(model, '_model_args') else ROUND_TRIPS[name]
 
 
-def push_with_card(folder: str, repo_id: str) -> str:
+def push(folder: str, repo_id: str, name: str) -> str:
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    return push_to_hf_hub(model, repo_id, token='hf_anybody', model_args=arguments(model, name)).oid
+
+
+def push_with_card(folder: str, repo_id: str, name: str) -> str:
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     os.environ['HF_TOKEN'] = 'hf_anybody'
     try:
-        return evolved_hub.push(timm.create_model(f'local-dir:{folder}', pretrained=True), repo_id)
+        return evolved_hub.push(model, repo_id, model_args=arguments(model, name))
     finally:
         del os.environ['HF_TOKEN']
 
@@ -474,7 +481,7 @@ def save_evolved(name: str, folder: Path) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    save_for_hf(model, folder, safe_serialization=True)
+    save_for_hf(model, folder, model_args=arguments(model, name), safe_serialization=True)
     return model
 
 
@@ -511,7 +518,7 @@ def test_a_saved_model_comes_back_from_its_folder_and_from_the_hub(hub, client, 
 def test_a_pushed_model_comes_back_from_the_hub(hub, client, tmp_path, name, function):
     folder, image_size = tmp_path / 'saved', ROUND_TRIPS[name].get('img_size', 160)
     model = save_evolved(name, folder)
-    commit = client.call(function, str(folder), 'somebody/pushed')
+    commit = client.call(function, str(folder), 'somebody/pushed', name)
     files = hub.repositories['somebody/pushed']
     assert set(files) - {'pytorch_model.bin'} == {'README.md', 'config.json', 'model.safetensors'}
     assert json.loads(files['config.json'].content)['architecture'] == name
@@ -531,3 +538,143 @@ def test_a_converted_checkpoint_is_pushed(hub, client, tmp_path):
     assert_equal(pulled.weights, load_file(tmp_path / 'model' / WEIGHTS))
     assert pulled.architecture == 'evo_deit_tiny_patch16_224'
     assert b'hf-hub:somebody/converted' in hub.repositories['somebody/converted']['README.md'].content
+
+
+# A folder.
+
+@pytest.fixture
+def small() -> nn.Module:
+    return timm.create_model('evo_test_vit')
+
+
+def reload(folder: Path) -> nn.Module:
+    return timm.create_model(f'local-dir:{folder}', pretrained=True)
+
+
+def assert_saved(model: nn.Module, folder: Path) -> None:
+    assert {path.name for path in folder.iterdir() if path.name[0] != '.'} == {'config.json', WEIGHTS, 'README.md'}
+    loaded = reload(folder).state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('name', ['evo_test_vit', 'evo_levit_128s'])
+@pytest.mark.parametrize('fails', [False, True])
+def test_saving_leaves_every_submodule_in_its_mode(tmp_path, monkeypatch, name, fails):
+    model = timm.create_model(name).train()
+    for i, module in enumerate(model.modules()):
+        module.training = i % 3 != 0
+    modes = [module.training for module in model.modules()]
+    if fails:
+        monkeypatch.setattr(evolved_hub, 'count_gmacs', mock.Mock(side_effect=OSError))
+    with pytest.raises(OSError) if fails else nullcontext():
+        evolved_hub.save(model, tmp_path / 'model')
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_weights_that_change_after_saving_are_those_that_compute(tmp_path):
+    model, other = (timm.create_model('evo_levit_128s').eval() for _ in range(2))
+    for name, value in other.state_dict().items():
+        if name.endswith('attention_biases'):
+            value.uniform_(-1, 1)
+    evolved_hub.save(model, tmp_path / 'model')  # which runs it, and LeViT keeps the biases that it has computed
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(classify(model, 224), classify(other, 224))
+
+
+def test_an_empty_folder_and_the_current_one_take_a_model(small, tmp_path, monkeypatch):
+    (tmp_path / 'empty').mkdir()
+    evolved_hub.save(small, tmp_path / 'empty')
+    assert_saved(small, tmp_path / 'empty')
+
+    (tmp_path / 'current').mkdir()
+    monkeypatch.chdir(tmp_path / 'current')
+    assert evolved_hub.save(small, '.') == tmp_path / 'current'
+    assert_saved(small, Path('.'))
+    assert "create_model('local-dir:current'" in Path('README.md').read_text()
+
+
+def test_hidden_files_stay_as_they_are(small, tmp_path):
+    (tmp_path / '.git').mkdir()
+    (tmp_path / '.git' / 'HEAD').write_text('ref: refs/heads/main')
+    (tmp_path / '.gitattributes').write_text('*.safetensors filter=lfs')
+    for force in (False, True):
+        evolved_hub.save(small, tmp_path, force=force)
+        assert_saved(small, tmp_path)
+        assert {path.name for path in tmp_path.iterdir() if path.name[0] == '.'} == {'.git', '.gitattributes'}
+        assert (tmp_path / '.git' / 'HEAD').read_text() == 'ref: refs/heads/main'
+        assert (tmp_path / '.gitattributes').read_text() == '*.safetensors filter=lfs'
+
+
+def test_a_folder_that_is_a_link_stays_one(small, tmp_path):
+    (tmp_path / 'disk').mkdir()
+    (tmp_path / 'link').symlink_to(tmp_path / 'disk')
+    for force in (False, True):
+        evolved_hub.save(small, tmp_path / 'link', force=force)
+        assert (tmp_path / 'link').is_symlink()
+        assert_saved(small, tmp_path / 'disk')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['disk', 'link']
+
+
+def test_a_model_is_replaced_by_force_alone_and_other_files_by_nothing(small, tmp_path):
+    evolved_hub.save(small, tmp_path)
+    with pytest.raises(FileExistsError, match='replaced only by force'):
+        evolved_hub.save(timm.create_model('evo_test_vit'), tmp_path)
+    assert_saved(small, tmp_path)
+    (tmp_path / 'thesis.tex').write_text('years of work')
+    with pytest.raises(FileExistsError, match='thesis.tex'):
+        evolved_hub.save(small, tmp_path, force=True)
+    assert (tmp_path / 'thesis.tex').read_text() == 'years of work'
+    with pytest.raises(FileExistsError, match='no folder'):
+        evolved_hub.save(small, tmp_path / 'thesis.tex', force=True)
+
+
+def test_a_failure_while_writing_leaves_what_was_there(small, tmp_path, monkeypatch):
+    evolved_hub.save(small, tmp_path / 'model')
+    monkeypatch.setattr(evolved_hub, 'save_for_hf', mock.Mock(side_effect=OSError('No space left on device')))
+    for name in ('model', 'new'):
+        with pytest.raises(OSError, match='No space left'):
+            evolved_hub.save(timm.create_model('evo_test_vit'), tmp_path / name, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ['model']
+    assert_saved(small, tmp_path / 'model')
+    assert len(list((tmp_path / 'model').iterdir())) == 3
+
+
+@pytest.mark.parametrize('num_moved', [0, 1, 2])
+def test_files_of_two_models_are_never_taken_for_one(small, tmp_path, monkeypatch, num_moved):
+    evolved_hub.save(small, tmp_path)
+    moves = iter([os.replace] * num_moved)
+
+    def move(*args):
+        next(moves, mock.Mock(side_effect=OSError('disconnected')))(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evolved_hub.os, 'replace', move)
+        with pytest.raises(OSError, match='disconnected'):
+            evolved_hub.save(timm.create_model('evo_test_vit', keep_ratio=0.9), tmp_path, force=True)
+    with pytest.raises(FileNotFoundError, match='config'):
+        reload(tmp_path)
+    evolved_hub.save(small, tmp_path, force=True)
+    assert_saved(small, tmp_path)
+
+
+@pytest.mark.parametrize('numbers', [
+    dict(keep_ratio=np.float32(0.5), start_block=np.int64(3), num_classes=np.int64(5), fast_update=np.bool_(False)),
+    dict(keep_ratio=np.array([0.5, 0.25], np.float32), tradeoff=(np.float64(0.5),) * 6, in_chans=np.int32(1)),
+], ids=['numbers', 'sequences'])
+def test_numbers_of_numpy_are_saved_as_plain_ones(numbers, tmp_path):
+    model = timm.create_model('evo_test_vit', depth=np.int64(6), **numbers)
+    evolved_hub.save(model, tmp_path, model_args=dict(depth=np.int64(6), **numbers))
+    config = json.loads((tmp_path / 'config.json').read_text())
+    given = config['model_args']
+    assert given['depth'] == 6 and given.keys() >= numbers.keys()
+    assert all(given[key] == np.asarray(value).tolist() for key, value in numbers.items())
+    loaded = reload(tmp_path)
+    assert loaded.schedule == model.schedule and loaded.num_classes == model.num_classes
+
+
+def test_a_number_of_numpy_that_was_set_later_is_saved(small, tmp_path):
+    small.set_evolution(keep_ratio=np.float32(0.5))
+    small.reset_classifier(3)
+    evolved_hub.save(small, tmp_path)
+    if hasattr(small, '_model_args'):
+        assert json.loads((tmp_path / 'config.json').read_text())['model_args']['keep_ratio'] == 0.5

@@ -3,8 +3,20 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 
 def split_arguments(function: Callable, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split keyword arguments into those that `function` takes and the others."""
+    """Split keyword arguments into those that `function` takes and the others, all of them `plain`."""
     names = inspect.signature(function).parameters
+    kwargs = plain(kwargs)
     return {k: v for k, v in kwargs.items() if k in names}, {k: v for k, v in kwargs.items() if k not in names}
+
+
+def plain(value: Any) -> Any:
+    """The value with numpy's numbers and arrays as Python's own, which checks of types know and JSON can hold."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value

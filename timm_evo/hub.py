@@ -1,11 +1,13 @@
 """ Evolved models as folders and repositories of the Hugging Face Hub
 
-timm writes and reads them. What is added here is a model card that says how tokens are evolved, and that a folder is
-there as a whole or not at all.
+timm writes and reads them. What is added here is a model card that says how tokens are evolved, and that a model is in
+its folder as a whole or not at all.
 """
-import shutil
-import tempfile
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,9 +17,11 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .arguments import plain
+
 __all__ = ['count_gmacs', 'model_card', 'push', 'save']
 
-_FILES = {'config.json', 'model.safetensors', 'README.md'}
+_FILES = ('model.safetensors', 'README.md', 'config.json')  # the last makes a model of the others
 _CITATION = """@inproceedings{xu2022evo,
   title     = {Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer},
   author    = {Xu, Yifan and Zhang, Zhijie and Zhang, Mengdan and Sheng, Kekai and Li, Ke and Dong, Weiming and Zhang, Liqing and Xu, Changsheng and Sun, Xing},
@@ -73,11 +77,15 @@ def save(
 ) -> Path:
     """Write an evolved model as a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` loads.
 
-    Everything is written beside the folder first, and takes its name when it is complete.
+    All files are written inside the folder, into a hidden one, and take their places when they are complete,
+    config.json last. A model that is replaced loses its config.json first. So what the folder has while this runs, or
+    after it has failed, is the model from before, no model for want of a config.json, or the new one, and never files
+    of two models that load as one.
 
     Args:
-        model: A model of `timm.create_model('evo_*')`.
-        folder: Where to: config.json, model.safetensors and README.md.
+        model: A model of `timm.create_model('evo_*')`. It is as it was afterwards.
+        folder: Where to: config.json, model.safetensors and README.md. It may be there, and be a symbolic link. Hidden
+            files in it are left alone.
         model_args: Arguments that the model was created with, for a timm that does not note them itself.
         force: Replace what such a folder had in it.
 
@@ -86,23 +94,27 @@ def save(
 
     Raises:
         ValueError: The model was dense when it was created, and would be so again; or timm has not created it.
-        FileExistsError: The folder is there and `force` is not set, or has other files in it.
+        FileExistsError: The folder has a model in it and `force` is not set, or other files that are not hidden.
     """
     _check_name(model)
     folder = Path(folder).absolute()
     check_free(folder, force)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    parts = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', suffix='.part', dir=folder.parent))
+    name = os.path.basename(os.path.abspath(folder))  # of `.` and `..`, too
+    card = generate_readme(model_card(model, f'local-dir:{name}'), name)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        complete = parts / 'complete'
-        save_for_hf(model, complete, model_args=model_args, safe_serialization=True)
-        card = generate_readme(model_card(model, f'local-dir:{folder.name}'), folder.name)
-        (complete / 'README.md').write_text(card, encoding='utf-8')
-        if folder.exists():
-            folder.rename(parts / 'replaced')
-        complete.rename(folder)
-    finally:
-        shutil.rmtree(parts, ignore_errors=True)
+        with TemporaryDirectory(prefix='.', suffix='.part', dir=folder) as parts:
+            save_for_hf(model, parts, model_args=_plain_arguments(model, model_args), safe_serialization=True)
+            Path(parts, 'README.md').write_text(card, encoding='utf-8')
+            (folder / 'config.json').unlink(missing_ok=True)
+            for file in _FILES:
+                os.replace(Path(parts, file), folder / file)
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # somebody else has written to it
+                folder.rmdir()
+        raise
     return folder
 
 
@@ -110,11 +122,13 @@ def check_free(folder: Path, force: bool) -> None:
     """Refuse a folder that `save` would not write, see there."""
     if not folder.exists():
         return
-    others = [] if not folder.is_dir() else sorted({path.name for path in folder.iterdir()} - _FILES)
-    if not folder.is_dir() or others:
-        raise FileExistsError(f'{folder} is no folder of a model alone' + (f', it has {others[0]}.' if others else '.'))
-    if not force:
-        raise FileExistsError(f'{folder} is there already, it is replaced only by force.')
+    if not folder.is_dir():
+        raise FileExistsError(f'{folder} is no folder.')
+    visible = {path.name for path in folder.iterdir() if not path.name.startswith('.')}
+    if others := sorted(visible.difference(_FILES)):
+        raise FileExistsError(f'{folder} is no folder of a model alone, it has {others[0]}.')
+    if visible and not force:
+        raise FileExistsError(f'{folder} has {min(visible)} already, which is replaced only by force.')
 
 
 def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = None) -> str:
@@ -136,9 +150,16 @@ def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = Non
         model,
         repo_id,
         model_card=model_card(model, f'hf-hub:{repo_id}'),
-        model_args=model_args,
+        model_args=_plain_arguments(model, model_args),
         safe_serialization=True,
     ).oid
+
+
+def _plain_arguments(model: nn.Module, model_args: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Make plain values, for JSON, of the arguments that a newer timm has noted as they were given, and of these."""
+    if hasattr(model, '_model_args'):
+        model._model_args = plain(model._model_args)
+    return plain(model_args)
 
 
 def _check_name(model: nn.Module) -> None:
@@ -169,10 +190,22 @@ def count_gmacs(model: nn.Module, image: Tensor) -> float:
     return counter.get_total_flops() / 2e9
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and every module in its own again afterwards."""
+    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(training)  # LeViT forgets the biases that it has computed
+        for module, mode in modes:
+            module.training = mode
+
+
 def _gmacs(model: nn.Module) -> float:
     """Of an image as the model takes it, whatever mode it is in."""
     image = next(model.parameters()).new_zeros(1, *_input_size(model))
-    training = model.training
-    gmacs = count_gmacs(model.eval(), image)
-    model.train(training)
-    return gmacs
+    with _evaluating(model):
+        return count_gmacs(model, image)
