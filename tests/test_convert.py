@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -176,11 +177,58 @@ def test_every_misfit_is_listed(change, lines, deit, tmp_path):
 @pytest.mark.parametrize('model, expected', [
     ('evo_levit_cls_256', 'is an official Evo-DeiT, the model cannot be evo_levit_cls_256'),
     ('deit_tiny_patch16_224', 'the model cannot be deit_tiny_patch16_224'),
-    ('evo_deit_huge', 'evo_deit_huge'),
+    ('evo_deit_huge', 'the model cannot be evo_deit_huge. It can be one of: evo_deit_base_patch16_224, '),
+    ('evo_deit_tiny_distilled_patch16_224', 'It can be one of: evo_deit_base_patch16_224, evo_deit_base_patch16_384, '
+                                            'evo_deit_small_patch16_224, '),
     ('evo_deit_base_patch16_224', 'wrong shape: cls_token (1, 1, 24), the model has (1, 1, 768)'),
 ])
 def test_another_architecture(model, expected, deit, tmp_path):
     assert expected in message('convert', tmp_path / 'checkpoint.pth', '--model', model, '--output', tmp_path / 'm')
+
+
+@pytest.mark.parametrize('argument, expected', [
+    ('foo=1', 'has no argument foo. Its arguments are: act_layer, '),
+    ('model_name=abc', 'has no argument model_name. Its arguments are: '),
+    ('use_ema=True', 'has no argument use_ema. Its arguments are: '),
+    ('pretrained=True', 'has no argument pretrained. Its arguments are: '),
+    ('=1', 'has no argument . Its arguments are: '),
+    ('learn_tradeoff=True', 'has no argument learn_tradeoff. Its arguments are: '),
+    ('num_heads=5', r'num_heads=5. AssertionError: \w+ should be divisible by num_heads'),
+    ('num_heads=0', 'num_heads=0. ZeroDivisionError'),
+    ('global_pool=foo', "global_pool='foo'. AssertionError: .*avg.*map"),
+    ('drop_rate=[0.5', r"drop_rate='\[0.5'. TypeError"),
+    ('drop_rate=a=b', "drop_rate='a=b'. TypeError"),
+    ('keep_ratio=2', 'keep_ratio=2. ValueError: keep_ratio=2 is not allowed, it must be a number in'),
+    ('depth=None', 'wrong shape: '),  # as if it were not there
+])
+def test_an_argument_that_the_model_does_not_take(argument, expected, deit, tmp_path):
+    error = message('convert', tmp_path / 'checkpoint.pth', '--model', MODELS['evo_deit_a'], '--output', tmp_path / 'm',
+                    '--model-kwargs', argument)
+    assert re.search(expected, error)
+    assert not (tmp_path / 'm').exists()
+
+
+@pytest.mark.parametrize('name, change, expected', [
+    ('evo_deit_a', lambda weights: weights.pop('vs.3.v.weight'), 'missing: blocks.3.attn.qkv.weight'),
+    ('evo_deit_a', lambda weights: weights.pop('qks.3.qk.bias'), 'surplus: vs.3.v.bias'),
+    ('evo_deit_a', lambda weights: weights.update({'vs.3.v.weight': torch.zeros(24, 5)}),
+     'missing: blocks.3.attn.qkv.weight'),
+    ('evo_deit_a', lambda weights: weights.update({'head.weight': torch.tensor(1.)}), r'wrong shape: head.weight \(\)'),
+    ('evo_deit_a', lambda weights: weights.update({3: torch.zeros(1)}), 'holds no state dict'),
+    ('evo_levit_a', lambda weights: weights.update({'blocks.x.y': torch.zeros(1)}), 'surplus: blocks.x.y'),
+    ('evo_levit_a', lambda weights: weights.update({'blocks.3': torch.zeros(1)}), 'surplus: blocks.3 '),
+    ('evo_levit_a', lambda weights: weights.pop('blocks.1.m2.m.0.c.weight'),
+     'missing: stages.0.blocks.1.mlp.ln1.linear.weight'),
+])
+def test_entries_that_are_missing_or_have_other_names(name, change, expected, tmp_path):
+    reference = Reference(name)
+    weights = reference.group('state.')
+    change(weights)
+    torch.save(weights, tmp_path / 'checkpoint.pth')
+    error = message('convert', tmp_path / 'checkpoint.pth', '--model', MODELS[name], '--output', tmp_path / 'm',
+                    *model_kwargs(reference))
+    assert re.search(expected, error)
+    assert not (tmp_path / 'm').exists()
 
 
 @pytest.mark.parametrize('content, expected', [

@@ -20,3 +20,11 @@ def plain(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(plain, value))
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def argument_names(model_class: type) -> list[str]:
+    """Names of the arguments that a model takes: those of its class and the bases of that, and those of evolution."""
+    names = ('__init__', 'init_evolution')
+    functions = [vars(base)[name] for base in model_class.__mro__ for name in names if name in vars(base)]
+    parameters = [parameter for function in functions for parameter in inspect.signature(function).parameters.values()]
+    return sorted({p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - {'self'})

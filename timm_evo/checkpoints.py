@@ -6,6 +6,7 @@ import argparse
 import pathlib
 import pickle
 import re
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from . import levit, vision_transformer
+from .arguments import argument_names
+
 # What training scripts keep beside the weights. Everything else but tensors and plain containers is refused.
 _HARMLESS_CLASSES = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]
 # what the architecture needs to compute what the authors' does at inference
@@ -22,6 +26,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     'DeiT': dict(keep_ratio=0.5, selection='stage', global_pool='avg', fast_update=False),
     'LeViT': dict(keep_ratio=0.5, selection='stage', class_token=True, learn_tradeoff=True),
 }
+_CLASSES = {'DeiT': vision_transformer.EvoVisionTransformer, 'LeViT': levit.EvoLevit}
 _HEADS = {'DeiT': 'head.weight', 'LeViT': 'head.l.weight'}
 
 # official name -> name here; the projections of queries and keys (`qks`) and of values (`vs`) are joined beside
@@ -45,6 +50,7 @@ _LEVIT_NAMES: list[tuple[str, str]] = [
     (r'(.*\.)?poss$', r'\1pos_embed'),
     (r'(.*\.)[cl]\.(weight|bias)$', r'\1linear.\2'),
 ]
+_LEVIT_BLOCK = re.compile(r'^blocks\.(\d+)\.')
 _CLASS_HEADS = ('norm_cls.', 'head_cls.', 'head_cls_dist.')
 
 
@@ -65,7 +71,8 @@ def from_official(
         learn_tradeoff: Keep the learned trade-offs of LeViT, for a model with `learn_tradeoff=True`.
 
     Returns:
-        State dict of the model here; tensors are shared where they need not be joined.
+        State dict of the model here; tensors are shared where they need not be joined. What has no place in it keeps
+        its name.
 
     Raises:
         ValueError: The names are not those of an official Evo-ViT.
@@ -111,7 +118,8 @@ def read_official(file: str | Path, use_ema: bool = False) -> dict[str, Tensor]:
     if isinstance(content, dict):
         keys = ('model_ema', 'model') if use_ema else ('model', 'state_dict', 'model_ema')
         content = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not content or not all(
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         raise ValueError(f'{file} holds no state dict, neither bare nor as model or model_ema.')
     return {name.removeprefix('module.'): value for name, value in content.items()}
 
@@ -128,7 +136,7 @@ def load_official(
         file: The checkpoint, see `read_official`.
         model_name: An `evo_deit_*` or `evo_levit_cls_*` model of the same size.
         use_ema: Take the averaged weights.
-        **model_kwargs: Arguments of `timm.create_model` that differ from the settings of the published models.
+        **model_kwargs: Arguments of the model that differ from the settings of the published models.
 
     Returns:
         The model in evaluation mode, without the heads that are left out at inference.
@@ -136,23 +144,62 @@ def load_official(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read, or does not fit the model; the message lists what does not.
+        ValueError: The file cannot be read; there is no such model; it does not take the arguments; or the weights do
+            not fit it. The message lists what does not fit, or what is allowed.
     """
-    state_dict = read_official(file, use_ema=use_ema)
+    return build_official(read_official(file, use_ema=use_ema), model_name, model_kwargs)
+
+
+def build_official(
+        state_dict: dict[str, Tensor],
+        model_name: str,
+        model_kwargs: dict[str, Any],
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the model of an official state dict, as `load_official` does.
+
+    Args:
+        state_dict: The official model's state dict.
+        model_name: An `evo_deit_*` or `evo_levit_cls_*` model of the same size.
+        model_kwargs: Arguments of the model that differ from the settings of the published models.
+
+    Returns:
+        The model in evaluation mode, without the heads that are left out at inference.
+        The arguments that `timm.create_model` got for it.
+
+    Raises:
+        ValueError: There is no such model, it does not take the arguments, or the weights do not fit it.
+    """
     family = _official_family(state_dict)
-    if not model_name.startswith(f'evo_{family.lower()}_'):
-        raise ValueError(f'{file} is an official Evo-{family}, the model cannot be {model_name}.')
-    model_kwargs = _SETTINGS[family] | model_kwargs
-    if _HEADS[family] in state_dict:
-        model_kwargs.setdefault('num_classes', state_dict[_HEADS[family]].shape[0])
-    model = timm.create_model(model_name, **model_kwargs).eval()
+    models = timm.list_models(f'evo_{family.lower()}_*', exclude_filters='*_distilled_*')
+    if model_name.partition('.')[0] not in models:
+        raise ValueError(
+            f'The checkpoint is an official Evo-{family}, the model cannot be {model_name}. It can be one of: '
+            f'{", ".join(models)}.')
+    names = argument_names(_CLASSES[family])
+    if unknown := sorted(model_kwargs.keys() - set(names)):
+        raise ValueError(f'{model_name} has no argument {unknown[0]}. Its arguments are: {", ".join(names)}.')
+
+    all_kwargs = _SETTINGS[family] | model_kwargs
+    head = state_dict.get(_HEADS[family])
+    if head is not None and head.dim() == 2:
+        all_kwargs.setdefault('num_classes', head.shape[0])
+    try:
+        model = timm.create_model(model_name, **all_kwargs).eval()
+    except Exception as error:  # timm checks few arguments, the others fail wherever they are used
+        given = ', '.join(f'{key}={value!r}' for key, value in model_kwargs.items())
+        raise ValueError(f'{model_name} cannot be built with {given}. {_reason(error)}') from error
     converted = from_official(
-        state_dict, class_head=False, learn_tradeoff=model_kwargs.get('learn_tradeoff', False))
+        state_dict, class_head=False, learn_tradeoff=all_kwargs.get('learn_tradeoff', False))
     misfits = list(_misfits(converted, model.state_dict()))
     if misfits:
-        raise ValueError(f'{file} does not fit {model_name}:\n  ' + '\n  '.join(misfits))
+        raise ValueError(f'The checkpoint does not fit {model_name}:\n  ' + '\n  '.join(misfits))
     model.load_state_dict(converted, strict=True)
-    return model, model_kwargs
+    return model, all_kwargs
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, or the line that raised it: an assertion without a message is its own best message."""
+    return f'{type(error).__name__}: {str(error) or traceback.extract_tb(error.__traceback__)[-1].line}'
 
 
 def _misfits(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[str]:
@@ -184,13 +231,14 @@ def _rename(name: str, names: list[tuple[str, str]]) -> str:
 
 
 def _from_official_deit(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    out_dict = {}
-    for name, value in state_dict.items():
+    out_dict = {_rename(name, _DEIT_NAMES): value for name, value in state_dict.items()}
+    for name, qk in state_dict.items():
         if match := re.fullmatch(r'qks\.(\d+)\.qk\.(weight|bias)', name):
             block, kind = match.groups()
-            out_dict[f'blocks.{block}.attn.qkv.{kind}'] = torch.cat([value, state_dict[f'vs.{block}.v.{kind}']])
-        elif not re.match(r'vs\.\d+\.v\.', name):
-            out_dict[_rename(name, _DEIT_NAMES)] = value
+            v = state_dict.get(f'vs.{block}.v.{kind}')
+            if v is not None and qk.shape[1:] == v.shape[1:]:  # else both stay, which is what will not fit
+                del out_dict[name], out_dict[f'vs.{block}.v.{kind}']
+                out_dict[f'blocks.{block}.attn.qkv.{kind}'] = torch.cat([qk, v])
     return out_dict
 
 
@@ -198,7 +246,7 @@ def _from_official_levit(state_dict: dict[str, Tensor], learn_tradeoff: bool) ->
     # One sequence holds the blocks of all stages and, between them, an attention that downsamples and its MLP.
     places = {}
     stage = block = 0
-    for i in sorted({int(name.split('.')[1]) for name in state_dict if name.startswith('blocks.')}):
+    for i in sorted({int(match[1]) for match in map(_LEVIT_BLOCK.match, state_dict) if match}):
         if f'blocks.{i}.m1.m.qkv.c.weight' in state_dict:
             places[i] = f'stages.{stage}.blocks.{block}'
             block += 1
@@ -213,6 +261,6 @@ def _from_official_levit(state_dict: dict[str, Tensor], learn_tradeoff: bool) ->
         # everything in `stage_blocks` stands in `blocks`, too
         if name.startswith('stage_blocks.') or name.endswith('learn_tradeoff') and not learn_tradeoff:
             continue
-        name = re.sub(r'^blocks\.(\d+)', lambda match: places[int(match[1])], name)
+        name = _LEVIT_BLOCK.sub(lambda match: f'{places[int(match[1])]}.', name)
         out_dict[_rename(name, _LEVIT_NAMES)] = value
     return out_dict

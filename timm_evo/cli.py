@@ -3,21 +3,21 @@
 Each sub-command is a thin call into the library, which is imported when it is needed: `--help` answers at once.
 """
 import argparse
+import ast
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def _convert(args: argparse.Namespace) -> None:
     from huggingface_hub.utils import tqdm
-    from timm.utils import ParseKwargs
 
     from . import checkpoints, hub
 
-    ParseKwargs(['--model-kwargs'], 'model_kwargs')(None, args, args.model_kwargs)
     hub.check_free(args.output, args.force)  # before any work
     with tqdm(total=3 if args.push else 2, desc='load and convert', unit='step') as progress:
-        model, model_args = checkpoints.load_official(
-            args.checkpoint, args.model, use_ema=args.use_ema, **args.model_kwargs)
+        state_dict = checkpoints.read_official(args.checkpoint, use_ema=args.use_ema)
+        model, model_args = checkpoints.build_official(state_dict, args.model, dict(args.model_kwargs))
         progress.update()
         progress.set_description('write')
         hub.save(model, args.output, model_args=model_args, force=args.force)
@@ -31,10 +31,15 @@ def _convert(args: argparse.Namespace) -> None:
         print(f"timm.create_model('hf-hub:{args.push}', pretrained=True)")
 
 
-def key_value(text: str) -> str:
-    if '=' not in text:
+def key_value(text: str) -> tuple[str, Any]:
+    """Name and value of an argument, as timm's scripts read them; an older timm's own fails at some values."""
+    key, equals, value = text.partition('=')
+    if not equals:
         raise argparse.ArgumentTypeError(f'{text!r} is not key=value')
-    return text
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
 
 
 def _parse_args(args: list[str] | None) -> argparse.Namespace:
