@@ -2,12 +2,15 @@
 
 Every case is a fresh process, because registration happens once in a process.
 """
+import itertools
 import os
+import random
 import re
 import subprocess
 import sys
 import venv
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,25 @@ def test_models_are_listed_after_importing_timm_alone():
 def test_any_order_of_imports_registers_once(autoload, imports):
     code = f'{imports}; print(timm.list_models("evo_*")); timm.create_model("evo_test_vit")'
     assert output(code, TORCH_DEVICE_BACKEND_AUTOLOAD=autoload, PYTHONWARNINGS='error::UserWarning') == str(NAMES)
+
+
+def outputs(codes: list[str]) -> list[str]:
+    """What each prints; two run at once, importing takes seconds."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(output, codes))
+
+
+STATEMENTS = [
+    'import torch', 'import timm', 'import timm.models', 'import timm_evo', 'import timm_evo.entrypoints',
+    'import timm_evo.hub', 'from timm_evo import evolve', 'from timm_evo import EvoLevit',
+]
+
+
+def test_twenty_other_orders():
+    orders = random.Random(0).sample(list(itertools.permutations(STATEMENTS)), 20)
+    codes = ['; '.join([*order, 'timm.create_model("evo_test_vit")', 'print(len(timm.list_models("evo_*")))'])
+             for order in orders]
+    assert outputs(codes) == [str(len(NAMES))] * len(orders)
 
 
 def test_opting_out():
