@@ -57,7 +57,7 @@ def test_twins_are_built_as_timm_builds_the_dense_models(monkeypatch):
         raise Built(function, getattr(pretrained_filter_fn, 'keywords', {}), pretrained_strict, feature_cfg)
 
     modules = [f'timm.models.{name}' for name in ('vision_transformer', 'vision_transformer_hybrid', 'deit', 'levit')]
-    for module in [*modules, 'timm_evo.entrypoints']:
+    for module in [*modules, 'timm_evo.registry']:
         monkeypatch.setattr(f'{module}.build_model_with_cfg', build)
     for name in REGISTERED:
         if 'levit' in name:

@@ -87,6 +87,45 @@ def test_twenty_other_orders():
     assert outputs(codes) == [str(len(NAMES))] * len(orders)
 
 
+# Every thread starts with its own statement, when the first one, which is alone until then, looks for timm.models. That
+# takes a second, in which all others come to where they wait for timm. None imports a part of timm: while another
+# thread imports timm, that fails without timm-evo, too.
+THREADS = """
+import sys, threading, time
+
+class SlowFinder:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'timm.models' and not begun.is_set():
+            begun.set()
+            time.sleep(1)
+
+def work(statement):
+    exec(statement, {{}})
+    import timm
+    timm.create_model('evo_test_vit'), timm.create_model('evo_levit_128s')
+    found.append(len(timm.list_models('evo_*')))
+
+sys.meta_path.insert(0, SlowFinder())
+first, *others = {statements}
+begun, found = threading.Event(), []
+threads = [threading.Thread(target=work, args=[statement], daemon=True) for statement in (first, *others)]
+threads[0].start()
+begun.wait(60)
+for thread in threads[1:]:
+    thread.start()
+for thread in threads:
+    thread.join(60)
+print(found)
+"""
+
+
+def test_threads_that_import_at_once_all_see_the_models():
+    firsts = ['import timm', 'import timm_evo.entrypoints', 'import timm_evo.hub', 'from timm_evo import evolve']
+    others = [statement for statement in STATEMENTS if statement != 'import timm.models']
+    codes = [THREADS.format(statements=[first, *others]) for first in firsts]
+    assert outputs(codes) == [str([len(NAMES)] * (1 + len(others)))] * len(firsts)
+
+
 def test_opting_out():
     assert output('import timm; print(timm.list_models("evo_*"))', TORCH_DEVICE_BACKEND_AUTOLOAD='0') == '[]'
 
@@ -156,14 +195,21 @@ def test_an_explicit_import_raises_what_was_warned_of(tmp_path):
     assert re.search(cause, result.stderr.splitlines()[-1]), result.stderr
 
 
-@pytest.mark.parametrize('module', ['evolution', 'entrypoints'])
-def test_torch_and_timm_survive_a_broken_install(module, tmp_path):
+def test_torch_and_timm_survive_a_broken_install(tmp_path):
     sources = {f'timm_evo/{path.name}': path.read_text() for path in (ROOT / 'timm_evo').glob('*.py')}
-    write_files(tmp_path, sources | {f'timm_evo/{module}.py': 'broken ='})
+    write_files(tmp_path, sources | {'timm_evo/registry.py': 'broken ='})
     result = run('import torch, timm; print(timm.list_models("evo_*"))', PYTHONPATH=str(tmp_path))
     assert result.stdout.strip() == '[]', result.stderr
     assert len(re.findall('RuntimeWarning: timm-evo .* SyntaxError', result.stderr)) == 1, result.stderr
-    result = run(f'import timm_evo.{module}', PYTHONPATH=str(tmp_path))
+    result = run('import timm_evo.entrypoints', PYTHONPATH=str(tmp_path))
+    assert 'SyntaxError' in result.stderr.splitlines()[-1]
+
+
+def test_what_is_broken_beyond_registration_is_raised_where_a_model_is_created(tmp_path):
+    sources = {f'timm_evo/{path.name}': path.read_text() for path in (ROOT / 'timm_evo').glob('*.py')}
+    write_files(tmp_path, sources | {'timm_evo/evolution.py': 'broken ='})
+    result = run('import torch, timm; print("fine"); timm.create_model("evo_test_vit")', PYTHONPATH=str(tmp_path))
+    assert result.stdout.strip() == 'fine' and 'RuntimeWarning' not in result.stderr
     assert 'SyntaxError' in result.stderr.splitlines()[-1]
 
 

@@ -28,7 +28,7 @@ def pytest_configure(config) -> None:
     def list_models(filter='', module='', exclude_filters='', **kwargs) -> list[str]:
         names = _timm_list_models(
             _with_evolved(filter),
-            module=_with_entrypoints(module),
+            module=_with_registry(module),
             exclude_filters=_with_evolved(exclude_filters),
             **kwargs,
         )
@@ -99,5 +99,5 @@ def _with_evolved(filters: str | list[str]) -> str | list[str]:
     return filters if isinstance(filters, str) else [*filters, *(f'evo_{name}' for name in filters)]
 
 
-def _with_entrypoints(modules: str | list[str]) -> str | list[str]:
-    return [*modules, 'entrypoints'] if 'deit' in modules else modules
+def _with_registry(modules: str | list[str]) -> str | list[str]:
+    return [*modules, 'registry'] if 'deit' in modules else modules

@@ -5,10 +5,18 @@ registers the `evo_*` models then. PyTorch imports it at the end of `import torc
 so the models are there wherever timm is. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` turns that off; `import timm_evo` still
 registers them.
 """
+import importlib
 import warnings
 
 __version__ = '0.1.0'
 __all__ = ['EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve', 'restore']
+_PUBLIC = {  # and where it is
+    'EvoLevit': 'levit',
+    'EvoVisionTransformer': 'vision_transformer',
+    'EvoVisionTransformerDistilled': 'vision_transformer',
+    'evolve': 'instances',
+    'restore': 'instances',
+}
 
 
 def autoload() -> None:
@@ -26,7 +34,7 @@ def _warn(error: Exception) -> None:
 
 def _register_models(timm_models) -> None:
     try:
-        from . import entrypoints  # noqa: F401
+        from . import registry  # noqa: F401
     except Exception as error:  # whatever it is, `import timm` must not suffer
         _warn(error)
 
@@ -42,9 +50,9 @@ def _register_with_timm() -> None:
 
 def __getattr__(name: str):
     # public names on demand, because they need torch and timm
-    if name in __all__:
-        from . import instances, levit, vision_transformer
-        return next(getattr(module, name) for module in (instances, levit, vision_transformer) if hasattr(module, name))
+    if name in _PUBLIC:
+        import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
+        return getattr(importlib.import_module(f'{__name__}.{_PUBLIC[name]}'), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

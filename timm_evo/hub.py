@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
 import torch
 from timm.models._hub import generate_readme, push_to_hf_hub, save_for_hf
 from torch import Tensor, nn

@@ -1,0 +1,172 @@
+""" Model entrypoints
+
+Every `evo_X` model is timm's `X` with token evolution. Its architecture and its pretrained configurations are taken
+from timm's registration of `X`, so tags, Hub repositories and input sizes are timm's own. Importing this module
+registers the models; `entrypoints` is the one to import for it.
+"""
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import timm
+from torch.torch_version import TorchVersion
+
+TIMM_MIN_VERSION = '1.0.22'  # as in setup.cfg
+if TorchVersion(timm.__version__) < TIMM_MIN_VERSION:  # before the imports that an older timm fails
+    raise ImportError(f'timm-evo needs timm>={TIMM_MIN_VERSION}, found timm {timm.__version__}.')
+
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    list_models,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models.levit import checkpoint_filter_fn as levit_filter_fn
+from timm.models.levit import model_cfgs as levit_cfgs
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+from timm.models.vision_transformer_hybrid import checkpoint_filter_fn as hybrid_filter_fn
+from torch import nn
+
+# Modules that import timm on their own are imported when a model is built, see `entrypoints`.
+from .arguments import split_arguments
+
+__all__ = []  # register_model adds each entrypoint
+
+default_cfgs = {}
+
+
+class _Family(NamedTuple):
+    """How models of a family are built.
+
+    Attributes:
+        build: From the name of timm's dense model and the arguments of the evolved one to a model without weights.
+        filter_fn: timm's filter for checkpoints of the family.
+        out_indices: Default of `features_only=True`, as in timm.
+        default_pool: Default pooling of a family whose checkpoints have an attention pool, which timm leaves out of
+            models that pool otherwise; None where they have none.
+    """
+    build: Callable[..., nn.Module]
+    filter_fn: Callable[..., dict]
+    out_indices: int | tuple[int, ...]
+    default_pool: str | None = None
+
+
+def _build_vit(dense: str, **kwargs) -> nn.Module:
+    from . import instances, vision_transformer
+    evolution_args, dense_args = split_arguments(vision_transformer.TokenEvolution.init_evolution, kwargs)
+    return instances.evolve(model_entrypoint(dense)(pretrained=False, **dense_args), **evolution_args)
+
+
+def _build_levit(dense: str, **kwargs) -> nn.Module:
+    from . import levit
+    model = levit.EvoLevit(**dict(levit_cfgs[dense], **kwargs))
+    model.dense_architecture = dense
+    return model
+
+
+_VIT = _Family(_build_vit, vit_filter_fn, 3)
+_DEIT = _Family(_build_vit, partial(vit_filter_fn, adapt_layer_scale=True), 3)
+_FLEXI = _Family(_build_vit, partial(vit_filter_fn, interpolation='bilinear', antialias=False), 3)
+_SIGLIP = _VIT._replace(default_pool='map')
+_SIGLIP_GAP = _VIT._replace(default_pool='avg')
+_HYBRID = _Family(_build_vit, hybrid_filter_fn, 3)
+_LEVIT = _Family(_build_levit, levit_filter_fn, (0, 1, 2))
+
+
+def _create(variant: str, dense: str, family: _Family, pretrained: bool = False, **kwargs) -> nn.Module:
+    """Build timm's `dense` model with token evolution, under the name `variant`."""
+    from . import download
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    if pretrained and not cfg.has_weights and not cfg.state_dict:
+        raise RuntimeError(
+            f'pretrained=True is not allowed for {variant}, the Hugging Face Hub has no weights of it. Checkpoints of '
+            "the authors' DeiT and LeViT are converted by timm-evo convert.")
+    out_indices = kwargs.pop('out_indices', family.out_indices)
+    is_strict = kwargs.pop('pretrained_strict', True)
+    if family.default_pool is not None and kwargs.get('global_pool', family.default_pool) != 'map':
+        is_strict = False
+    with download.checked_weights(variant, cfg, kwargs.get('cache_dir')) if pretrained else nullcontext():
+        return build_model_with_cfg(
+            partial(family.build, dense),
+            variant,
+            pretrained,
+            pretrained_filter_fn=family.filter_fn,
+            pretrained_strict=is_strict,
+            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+            **kwargs,
+        )
+
+
+def _register(variant: str, dense: str, family: _Family, cfgs: dict[str, PretrainedCfg], **defaults) -> None:
+    """Register `variant`, timm's `dense` model with token evolution.
+
+    Args:
+        variant: Name of the evolved model.
+        dense: Name of timm's.
+        family: How it is built.
+        cfgs: Pretrained configurations by name and tag.
+        **defaults: Arguments of the evolved model that differ from its class's own.
+    """
+    default_cfgs.update(generate_default_cfgs(cfgs))
+
+    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _create(variant, dense, family, pretrained=pretrained, **(defaults | kwargs))
+
+    entrypoint.__name__ = entrypoint.__qualname__ = variant
+    entrypoint.__doc__ = f"timm's `{dense}` with token evolution (https://arxiv.org/abs/2108.01390)."
+    globals()[variant] = register_model(entrypoint)
+
+
+def _register_twin(dense: str, family: _Family) -> None:
+    """Register `evo_<dense>` with the weights of timm's `dense` model."""
+    variant = f'evo_{dense}'
+    cfgs = get_arch_pretrained_cfgs(dense)
+    _register(variant, dense, family, {name.replace(dense, variant): cfg for name, cfg in cfgs.items()})
+
+
+def _without_weights(dense: str) -> PretrainedCfg:
+    return replace(get_pretrained_cfg(dense), url='', hf_hub_id=None)
+
+
+# What has no twin in timm's modules with vision transformers: differential attention, which takes one attention off
+# another, so that it gives no shares; and RADIO, whose position embeddings timm resizes in a way of its own, for which
+# there is `evolve`.
+_WITHOUT = ['vit_d*wee_*', 'vit_dlittle_*', '*radio*']
+# timm's module, wildcard of names, and how these are built; the first that fits counts
+_VITS = [
+    ('deit', '*', _DEIT),
+    ('vision_transformer', 'flexivit_*', _FLEXI),
+    ('vision_transformer', '*_siglip_gap_*', _SIGLIP_GAP),
+    ('vision_transformer', '*_siglip_*', _SIGLIP),
+    ('vision_transformer', '*', _VIT),
+    ('vision_transformer_hybrid', '*', _HYBRID),
+]
+for _module, _wildcard, _family in _VITS:
+    for _dense in list_models(_wildcard, module=_module, exclude_filters=_WITHOUT):
+        if not is_model(f'evo_{_dense}'):
+            _register_twin(_dense, _family)
+
+# The authors train DeiT-S at 384, too, which timm has no dense model of: no weights, and the input of DeiT-B at 384.
+_register('evo_deit_small_patch16_384', 'deit_small_patch16_224', _DEIT, {
+    'evo_deit_small_patch16_384': _without_weights('deit_base_patch16_384'),
+})
+
+for _size in ('128s', '128', '192', '256', '384'):
+    _register_twin(f'levit_{_size}', _LEVIT)
+    # as the authors publish it
+    _register(
+        f'evo_levit_cls_{_size}',
+        f'levit_{_size}',
+        _LEVIT,
+        {f'evo_levit_cls_{_size}': _without_weights(f'levit_{_size}')},
+        class_token=True,
+        learn_tradeoff=True,
+    )
