@@ -2,6 +2,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -437,3 +438,12 @@ def test_a_wrapped_model_is_evolved_before(wrap):
 def test_public_names():
     assert timm_evo.evolve is evolve and timm_evo.restore is restore
     assert isinstance(evolve(VisionTransformer(**SMALL)), EvoVisionTransformer)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    dense = create('vit_tiny_patch16_224')
+    model = evolve(copy.deepcopy(dense), keep_ratio=np.float32(0.5), start_block=np.int64(3))
+    model.set_evolution(tradeoff=np.array([0.25] * 6))
+    assert model.evolution['start_block'] == 3 and type(model.evolution['tradeoff']) is list
+    expected = evolve(dense, keep_ratio=0.5, start_block=3, tradeoff=[0.25] * 6)
+    assert torch.equal(model(images(model)), expected(images(expected)))

@@ -3,8 +3,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 
 def split_arguments(function: Callable, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split keyword arguments into those that `function` takes and the others, all of them `plain`."""
@@ -14,12 +12,12 @@ def split_arguments(function: Callable, kwargs: dict[str, Any]) -> tuple[dict[st
 
 
 def plain(value: Any) -> Any:
-    """The value with numpy's numbers and arrays as Python's own, which checks of types know and JSON can hold."""
+    """The value with numbers and arrays of numpy or torch as Python's own, which type checks know and JSON can hold."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if type(value) in (list, tuple):
         return type(value)(map(plain, value))
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    return value.tolist() if hasattr(value, 'tolist') else value
 
 
 def argument_names(model_class: type) -> list[str]:

@@ -7,6 +7,7 @@ import functools
 
 from torch import nn
 
+from .arguments import plain
 from .layer_to_stage import LayerToStage
 
 __all__ = ['Evolved', 'architecture', 'attribute_names', 'combined_class', 'dense_class']
@@ -38,6 +39,7 @@ class Evolved(LayerToStage):
             TypeError: An argument is not known.
             ValueError: An argument is outside what is allowed; then nothing has changed.
         """
+        arguments = plain(arguments)
         unknown = sorted(arguments.keys() - self.evolution.keys())
         if unknown:
             raise TypeError(f'{unknown[0]} cannot be set, only {", ".join(self.evolution)} can.')

@@ -26,7 +26,7 @@ def evolve(model: nn.Module, **evolution_args) -> Evolved:
         ValueError: An argument is outside what is allowed.
     """
     evolved_cls = _evolved_class(model)
-    _, unknown = split_arguments(evolved_cls.init_evolution, evolution_args)
+    evolution_args, unknown = split_arguments(evolved_cls.init_evolution, evolution_args)
     if unknown:
         raise TypeError(
             f'{next(iter(unknown))} is no argument of evolution, see {evolved_cls.__name__}.init_evolution.')
