@@ -38,6 +38,9 @@ class Tap:
     def __init__(self) -> None:
         self.listener: Listener | None = None
 
+    def __getstate__(self) -> dict:
+        return dict(listener=None)  # a copy made while the block runs takes no part in the call, nor can its tensors
+
     @classmethod
     def place(cls, block: nn.Module) -> 'Tap':
         """Change the class of the modules in the places of `q_norm` and `k_norm`, or find a tap that is there already.
