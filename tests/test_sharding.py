@@ -305,6 +305,8 @@ def test_weights_that_are_gathered_in_half_precision_give_the_logits_of_a_model_
 
 # Checkpoints
 
+ONE_PROCESS = pytest.mark.filterwarnings('ignore:torch.distributed is disabled:UserWarning')  # which is what is meant
+
 
 def test_a_distributed_checkpoint_is_loaded_by_another_sharded_model_with_its_count(load):
     for seen in load('checkpoint'):
@@ -312,6 +314,7 @@ def test_a_distributed_checkpoint_is_loaded_by_another_sharded_model_with_its_co
         assert torch.equal(seen['loaded'], seen['logits'][NUM_STEPS])
 
 
+@ONE_PROCESS
 @torch.no_grad()
 def test_a_distributed_checkpoint_is_loaded_by_a_model_in_one_process_with_its_count(load, folder):
     logits = torch.cat([seen['logits'][NUM_STEPS] for seen in load('checkpoint')])
@@ -324,6 +327,7 @@ def test_a_distributed_checkpoint_is_loaded_by_a_model_in_one_process_with_its_c
     torch.testing.assert_close(model.eval()(batch(NUM_STEPS)[0]), logits, rtol=1e-5, atol=1e-5)
 
 
+@ONE_PROCESS
 @torch.no_grad()
 def test_a_distributed_checkpoint_is_loaded_by_the_dense_model(load, folder):
     weights = load('checkpoint')[0]['weights']

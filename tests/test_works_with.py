@@ -14,6 +14,7 @@ from small_vits import create as create_small
 from small_vits import images
 from timm.utils import AttentionExtract, ModelEmaV3, reparameterize_model
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
@@ -483,6 +484,24 @@ def test_gradients_are_those_of_a_plain_step(how):
     plain(x).square().sum().backward()
     for (name, parameter), expected in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected[1].grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_blocks_that_are_wrapped_for_checkpointing_and_compiled_in_one_graph_each():
+    option = 'skip_fwd_side_effects_in_bwd_under_checkpoint'  # without it, blocks that are scored are not compiled
+    if not hasattr(torch._dynamo.config, option):
+        pytest.skip('this torch has no such option')
+    torch._dynamo.reset()
+    model, plain = create().train(), create().train()
+    x = images(model)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = checkpoint_wrapper(block)
+        model.blocks[i].compile(backend='aot_eager', fullgraph=True)
+    with torch._dynamo.config.patch(option, True):
+        model(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_an_optimizer_step_in_the_backward_pass():
