@@ -11,7 +11,7 @@ MODELS ?= evo_* aimv2_* beit3_* deit* eva_large_patch14_* flexivit_* levit_128s 
 FEW_MODELS := evo_test_vit evo_test_vit2 evo_test_vit3 evo_vit_xsmall_patch16_clip_224 evo_vit_tiny_r_s16_p8_224 \
 	evo_deit3_small_patch16_224 evo_deit_tiny_patch16_224 evo_deit_tiny_distilled_patch16_224 evo_levit_128s evo_levit_cls_128s
 
-.PHONY: demo test lint tests tests-oldest-timm timm-suite few-of-timm-suite clean
+.PHONY: demo test lint tests tests-slow tests-oldest-timm timm-suite few-of-timm-suite clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py
@@ -23,6 +23,10 @@ lint: $(VENV)/ready
 
 tests: $(VENV)/ready
 	$(BIN)/python -m pytest tests
+
+# What `make tests` leaves out: blocks that are compiled while their weights are sharded, above all.
+tests-slow: $(VENV)/ready
+	$(BIN)/python -m pytest tests -m slow
 
 # The same library against the other end of timm's range. What needs a process of its own or timm's newest is left out.
 tests-oldest-timm: $(VENV)/timm-$(OLDEST_TIMM)

@@ -109,7 +109,7 @@ def test_the_card_counts_the_work_of_the_model():
         for name in ('evo_deit_tiny_patch16_224', 'evo_levit_128s') for ratio in (0.5, 1.0)
     ]
     gmacs = [float(card['GMACs']) for card in cards]
-    assert gmacs == pytest.approx([0.775, 1.152, 0.249, 0.305], abs=1e-3)  # the dense DeiT-T with a short last block
+    assert gmacs == pytest.approx([0.774, 1.152, 0.249, 0.305], abs=1e-3)  # the dense DeiT-T with a short last block
 
 
 def test_a_folder_is_replaced_by_force_alone(deit, tmp_path):

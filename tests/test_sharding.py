@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from timm_evo import evolve
@@ -52,6 +52,7 @@ CASES = {
     **{model: (model, 'not', 'not', 'FSDP2') for model in list(MODELS)[3:]},
     'layer, wrapped by the compiler': ('layer', 'not', 'wrapped', 'FSDP2'),
     'layer, compiled by the default backend': ('layer', 'not', 'inductor', 'FSDP2'),
+    'layer, checkpointed by timm, compiled whole': ('layer', 'by timm', 'whole', 'FSDP2'),
     'layer, weights kept between forward and backward': ('layer', 'not', 'not', 'FSDP2, kept'),
     'layer, nothing but the root is sharded': ('layer', 'not', 'not', 'FSDP2, root'),
     **{f'{model}, FSDP1': (model, 'not', 'not', 'FSDP1') for model in ('stage', 'layer', 'layer to stage', 'qk norm')},
@@ -137,6 +138,9 @@ def checkpoint_and_compile(model: nn.Module, checkpointed: str, compiled: str) -
     """What is done to the blocks before their weights are sharded, in the order of DINOv3 and torchtitan."""
     if checkpointed == 'by timm':
         model.set_grad_checkpointing()
+    if compiled == 'whole':
+        model.compile(backend='aot_eager')
+        return model
     for i in range(len(model.blocks)):
         if checkpointed == 'by a wrapper':
             model.blocks[i] = checkpoint_wrapper(model.blocks[i])
@@ -172,6 +176,18 @@ def run_half_precision(rank: int) -> dict:
     fsdp.fully_shard(model, mp_policy=policy)
     with torch.no_grad():
         return dict(logits=model(batch(0)[0][2 * rank:2 * rank + 2]))
+
+
+def run_refused(rank: int) -> dict:
+    """What a model says that is checkpointed in a way which hides its keys."""
+    model = create('layer')
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.REENTRANT)
+    try:
+        shard(model, 'FSDP2')(batch(0)[0][2 * rank:2 * rank + 2])
+    except RuntimeError as error:
+        return dict(message=str(error))
+    return dict(message='')
 
 
 def run_checkpoint(rank: int, folder: Path) -> dict:
@@ -212,6 +228,7 @@ def run_all(rank: int, port: int, folder: Path, cases: list[str]) -> None:
         'half precision': lambda: run_half_precision(rank),
         'checkpoint': lambda: run_checkpoint(rank, folder),
         'meta device': lambda: run_meta_device(rank),
+        'refused': lambda: run_refused(rank),
     }
     for name, run in runs.items():
         try:
@@ -346,3 +363,8 @@ def test_a_model_that_is_sharded_before_it_has_weights_takes_those_of_the_first_
     assert [(seen['count'], seen['begins']) for seen in ranks] == [(2, 2)] * 2
     logits = torch.cat([seen['logits'] for seen in ranks])
     torch.testing.assert_close(logits, model.eval()(batch(0)[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_that_hides_the_keys_of_sharded_blocks_is_refused_with_the_reason(load):
+    for seen in load('refused'):
+        assert 'Block 1 cannot be scored.' in seen['message'] and 'without reentrance' in seen['message']

@@ -5,17 +5,22 @@ TorchScript, whose threads Python knows nothing of; checkpointing in compiled co
 its result; attentions that do not call their norms.
 """
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import evolution
 
-__all__ = ['ClassAttentionBeside']
+__all__ = ['ClassAttentionBeside', 'is_sharded']
 
 
 def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """Queries, keys and values side by side (B, L, 3 * H * d) to queries and keys (B, H, L, d)."""
     qkv = qkv.view(qkv.shape[0], qkv.shape[1], 3, num_heads, qkv.shape[2] // (3 * num_heads))
     return qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)
+
+
+def is_sharded(block: nn.Module) -> bool:
+    """Whether the weights of a block are whole only while it is called, as with FSDP2."""
+    return hasattr(next(block.parameters()), 'device_mesh')
 
 
 class ClassAttentionBeside:

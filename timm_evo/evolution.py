@@ -193,7 +193,7 @@ def representative_token(x: Tensor, scores: Tensor, slow: Tensor) -> Tensor:
 def _rows(positions: Tensor, num_tokens: int) -> Tensor:
     """Positions (B, K) in sequences of a length as rows of the whole batch (B * K,), to copy whole rows at once."""
     offsets = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1) * num_tokens
-    return (positions + offsets).flatten()
+    return (positions + offsets).view(-1)
 
 
 @torch.fx.wrap
@@ -255,4 +255,4 @@ def follow(x: Tensor, tokens: Tensor, slow: Tensor | None, representative: Tenso
         return x.flatten(0, 1).index_copy(0, rows, tokens.flatten(0, 1)).view_as(x)
     # added to all, because the copy overwrites the others: the placeholders need no index of their own
     moved = x + (tokens[:, -1:] - representative)
-    return moved.flatten(0, 1).index_copy_(0, rows, tokens[:, :-1].flatten(0, 1)).view_as(x)
+    return moved.view(-1, x.shape[2]).index_copy_(0, rows, tokens[:, :-1].flatten(0, 1)).view_as(x)

@@ -52,8 +52,8 @@ if torch.ops.aten.baddbmm_ not in flop_registry:
 @torch.fx.wrap
 def _split_heads(x: Tensor, num_heads: int, dims: list[int]) -> list[Tensor]:
     """Projections of all heads (B, L, H * sum of dims) to one tensor (H * B, L, d) for each of `dims`, copied once."""
-    x = x.view(x.shape[0], x.shape[1], num_heads, sum(dims)).permute(2, 0, 1, 3).flatten(0, 1)
-    return x.split(dims, dim=2)
+    heads = x.view(x.shape[0], x.shape[1], num_heads, sum(dims)).permute(2, 0, 1, 3)
+    return heads.reshape(num_heads * x.shape[0], x.shape[1], sum(dims)).split(dims, dim=2)
 
 
 @torch.fx.wrap
@@ -83,8 +83,9 @@ def _gather_values(attention: Tensor, value: Tensor, num_heads: int) -> Tensor:
     if attention.dtype != value.dtype:
         attention = attention.to(value.dtype)
     gathered = attention.bmm(value)
-    gathered = gathered.view(num_heads, gathered.shape[0] // num_heads, gathered.shape[1], gathered.shape[2])
-    return gathered.permute(1, 2, 0, 3).flatten(2)
+    batch_size, num_queries, dim = gathered.shape[0] // num_heads, gathered.shape[1], gathered.shape[2]
+    gathered = gathered.view(num_heads, batch_size, num_queries, dim)
+    return gathered.permute(1, 2, 0, 3).reshape(batch_size, num_queries, num_heads * dim)
 
 
 @torch.fx.wrap
@@ -132,7 +133,7 @@ def _bias_positions(
     """
     if slow is None:
         return None
-    positions = index.flatten()[slow.unsqueeze(2) * index.shape[0] + slow.unsqueeze(1)]
+    positions = index.view(-1)[slow.unsqueeze(2) * index.shape[0] + slow.unsqueeze(1)]
     return positions if representative is None else F.pad(positions, (0, 1, 0, 1), value=float(num_biases))
 
 
@@ -149,7 +150,7 @@ def _gather_biases(biases: Tensor, positions: Tensor, query: Tensor) -> Tensor:
         Biases (H * B, L, L), zero for the representative token.
     """
     with_zero = torch.cat([biases, biases[:, :1] * 0], dim=1)  # a pad takes three times as many calls
-    gathered = with_zero.index_select(1, positions.flatten()).view(query.shape[0], query.shape[1], query.shape[1])
+    gathered = with_zero.index_select(1, positions.view(-1)).view(query.shape[0], query.shape[1], query.shape[1])
     # no cast that copies nothing: an older export forbids writing to its result
     return gathered if gathered.dtype == query.dtype else gathered.to(query.dtype)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import evolution, short_block, taps
 from .arguments import split_arguments
-from .beside import ClassAttentionBeside
+from .beside import ClassAttentionBeside, is_sharded
 from .evolved import Evolved, attribute_names, combined_class
 from .schedule import check_flag, check_layerwise_updates, check_slow_tokens, cut_schedule, make_schedule
 
@@ -243,11 +243,16 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
         heard_with = (self._taps[index], self.has_class_token, self.num_prefix_tokens, slow)
         if not self.grad_checkpointing:
             out, attention = taps.call_and_score(block, tokens, *heard_with)
-        elif not torch.compiler.is_dynamo_compiling():
+        elif not torch.compiler.is_dynamo_compiling() or is_sharded(block):
             out, attention = checkpoint(taps.call_and_score, block, tokens, *heard_with)
         else:  # what is checkpointed in compiled code may leave nothing behind but its result
             out, attention = checkpoint(block, tokens), None
         if attention is None:
+            if is_sharded(block):
+                raise RuntimeError(
+                    f'Block {index} cannot be scored. Its queries and keys were not heard, because its attention does '
+                    'not call q_norm and k_norm, or a reentrant checkpoint hides them; and its weights are sharded, so '
+                    'they cannot be projected beside it. Checkpoint without reentrance, or leave this block unsharded.')
             attention = self._class_attention_beside(index, tokens, slow)
         return out, attention
 
