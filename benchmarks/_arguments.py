@@ -6,7 +6,6 @@ from pathlib import Path
 import timm
 import torch
 from _measuring import COMPILE_MODES, DTYPES, dense_twin
-from timm.utils import ParseKwargs
 
 from timm_evo.cli import key_value
 
@@ -38,6 +37,13 @@ def output_file(text: str) -> Path:
     return path
 
 
+class CollectKwargs(argparse.Action):
+    """Makes a dictionary of what `key_value` gives."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, dict(values))
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--device',
@@ -60,7 +66,7 @@ def add_models(parser: argparse.ArgumentParser, default: list[str]) -> None:
         '--model-kwargs',
         nargs='*',
         type=key_value,
-        action=ParseKwargs,
+        action=CollectKwargs,
         default={},
         metavar='KEY=VALUE',
         help='arguments of the evolved models, such as keep_ratio=0.7',

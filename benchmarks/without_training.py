@@ -14,13 +14,13 @@ from pathlib import Path
 
 import timm
 import torch
-from _arguments import add_device, key_value, positive_int
+from _arguments import CollectKwargs, add_device, key_value, positive_int
 from _measuring import DTYPES, Variant, measure, summarise
 from _results import add_results, find_validation_split, markdown_table, write_results
 from matplotlib.figure import Figure
 from timm.data import ImageDataset, create_dataset, create_loader, resolve_data_config
 from timm.models import load_checkpoint
-from timm.utils import AverageMeter, ParseKwargs, accuracy
+from timm.utils import AverageMeter, accuracy
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -135,7 +135,7 @@ def parse_args() -> argparse.Namespace:
         '--model-kwargs',
         nargs='*',
         type=key_value,
-        action=ParseKwargs,
+        action=CollectKwargs,
         metavar='KEY=VALUE',
         help="arguments of the dense model, such as img_size=32 (default: the checkpoint's)",
     )

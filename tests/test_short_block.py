@@ -2,6 +2,8 @@
 import pytest
 import torch
 from test_method import KINDS, build
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention, Block
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -253,6 +255,24 @@ def test_a_compiled_last_block_is_called(lengths):
     model.blocks[-1].compile(backend=lambda graph, _: lambda *x: calls.append(1) or graph(*x))
     torch.testing.assert_close(model(images()), expected, rtol=0, atol=1e-10)
     assert calls and lengths == [1]
+
+
+def test_a_method_that_is_replaced_in_a_class_of_timm_is_called(lengths, monkeypatch):
+    model = build()
+    model(images())
+    calls = []
+    for cls in (Attention, Block, Mlp):
+        forward = cls.forward
+
+        def replaced(self, *args, forward=forward, **kwargs):
+            calls.append(1)
+            return forward(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, 'forward', replaced)
+            calls.clear()
+            model(images())
+        assert len(calls) == len(model.blocks) and lengths == [1]
 
 
 class MeanHead(EvoVisionTransformer):

@@ -290,6 +290,12 @@ def compile_blocks(model: EvoVisionTransformer) -> EvoVisionTransformer:
     return model
 
 
+def compile_forwards(model: EvoVisionTransformer) -> EvoVisionTransformer:
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend='aot_eager')
+    return model
+
+
 def script(model: EvoVisionTransformer) -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -306,10 +312,11 @@ def trace(model: EvoVisionTransformer) -> torch.jit.ScriptModule:
     lambda model: model,
     lambda model: torch.compile(model, backend='aot_eager', fullgraph=True),
     compile_blocks,
+    compile_forwards,
     script,
     trace,
     lambda model: torch.export.export(model, (images(2),), dynamic_shapes=({0: torch.export.Dim('b')},)).module(),
-], ids=['eager', 'compiled', 'compiled blocks', 'scripted', 'traced', 'exported'])
+], ids=['eager', 'compiled', 'compiled blocks', 'compiled methods', 'scripted', 'traced', 'exported'])
 @pytest.mark.parametrize('kind', ['class token', 'qk norm, no class token'])
 def test_threads_share_a_model(kind, prepare):
     torch._dynamo.reset()
@@ -343,3 +350,30 @@ def test_a_scripted_model_computes_the_same(kind):
     buffer.seek(0)
     torch.testing.assert_close(torch.jit.load(buffer)(images()), model(images()), rtol=0, atol=1e-9)
     assert model.blocks[3].attn.q_norm.tap is model._taps[3] if hasattr(model.blocks[3], 'attn') else True
+
+
+def test_a_scale_that_is_changed_later_counts():
+    model, evolved_later = build(**LAYERWISE), build(**LAYERWISE)
+    restore(evolved_later)
+    for each in (model, evolved_later):
+        for block in each.blocks:
+            block.attn.scale *= 3
+            block.attn.fused_attn = False
+    assert torch.equal(model.forward_features(images()), evolve(evolved_later, **LAYERWISE).forward_features(images()))
+
+
+def test_a_norm_that_was_put_in_later_leaves_the_block_to_be_projected_once_more():
+    model, plain = build(**LAYERWISE), build(**LAYERWISE)
+    model.blocks[3].attn.q_norm = nn.Identity()
+    torch.testing.assert_close(model(images()), plain(images()), rtol=0, atol=1e-10)
+
+
+def test_a_hook_in_a_compiled_block_may_call_another_model():
+    model, other = compile_blocks(build(**LAYERWISE)).eval(), compile_blocks(build(seed=1, **LAYERWISE)).eval()
+    with torch.no_grad():
+        expected = model(images())
+        model.blocks[3].attn.register_forward_hook(lambda module, x, y: (other(images()), None)[1])
+        torch._dynamo.reset()
+        with ThreadPoolExecutor(2) as pool:
+            for logits in pool.map(model, [images()] * 2, timeout=120):
+                torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)

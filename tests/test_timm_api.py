@@ -106,6 +106,15 @@ def test_class_head_is_reset_and_dropped_with_the_classifier():
     assert model(images()).shape == (2, 5)
 
 
+def test_the_norm_of_the_class_head_stays_with_the_pooling():
+    model = create(global_pool='avg', class_head=True)
+    nn.init.constant_(model.norm_cls.weight, 3.)
+    model.reset_classifier(3)
+    assert (model.norm_cls.weight == 3).all()
+    model.reset_classifier(3, 'token')
+    assert isinstance(model.norm_cls, nn.Identity)
+
+
 def test_class_head_follows_the_mode_of_distilled_training():
     model = create(global_pool='avg', class_head=True)
     model.set_distilled_training(True)

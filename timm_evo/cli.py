@@ -24,7 +24,12 @@ def _convert(args: argparse.Namespace) -> None:
         progress.update()
         if args.push:
             progress.set_description('push')
-            hub.push(model, args.push, model_args=model_args)
+            try:
+                hub.push(model, args.push, model_args=model_args)
+            except Exception as error:  # whatever the libraries below raise without a connection or a token
+                raise RuntimeError(
+                    f'{args.output} was written, but not pushed to {args.push}. {type(error).__name__}: {error}'
+                ) from error
             progress.update()
     print(f"timm.create_model('local-dir:{args.output}', pretrained=True)")
     if args.push:

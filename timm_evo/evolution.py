@@ -255,4 +255,5 @@ def follow(x: Tensor, tokens: Tensor, slow: Tensor | None, representative: Tenso
         return x.flatten(0, 1).index_copy(0, rows, tokens.flatten(0, 1)).view_as(x)
     # added to all, because the copy overwrites the others: the placeholders need no index of their own
     moved = x + (tokens[:, -1:] - representative)
-    return moved.view(-1, x.shape[2]).index_copy_(0, rows, tokens[:, :-1].flatten(0, 1)).view_as(x)
+    moved = moved.flatten(0, 1)  # a view, or a copy where the patches come as columns of a feature map
+    return moved.index_copy_(0, rows, tokens[:, :-1].flatten(0, 1)).view_as(x)

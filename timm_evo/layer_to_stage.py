@@ -115,6 +115,11 @@ def _state_of(tensor: Tensor) -> tuple[int, int] | None:
     return None if tensor.is_inference() else (id(tensor), tensor._version)
 
 
+def _is_exporting() -> bool:
+    # an older torch tells only whether something is compiled, in whatever thread
+    return getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)()
+
+
 def _count_tensor(value: int, device: torch.device | None = None) -> Tensor:
     with torch.inference_mode(False):  # what is made in inference mode cannot be written to in training
         return torch.tensor(value, device=device)
@@ -209,7 +214,7 @@ class LayerToStage:
 
         For inference that is not compiled; what is compiled looks at the buffer when its mode is set.
         """
-        if self.num_updates is None or torch.compiler.is_compiling():
+        if self.num_updates is None or torch.compiler.is_dynamo_compiling() or _is_exporting():
             return
         if self.training:  # what writes to it besides the count itself is a broadcast between ranks, of the same
             return

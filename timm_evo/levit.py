@@ -497,12 +497,14 @@ class LevitEvolution(Evolved):
         schedule = make_pyramid_schedule(self._depths, keep_ratio, start_block, selection, tradeoff)
         if self.learn_tradeoff and not fast_update:
             raise ValueError('learn_tradeoff=True is not allowed with fast_update=False, nothing would train it.')
-        if self.learn_tradeoff and self.evolution.get('tradeoff', tradeoff) != tradeoff:
-            raise ValueError(f'tradeoff={tradeoff!r} cannot be set, it is learned.')
         if self.learn_tradeoff and not all(0 < alpha < 1 for alpha in schedule.tradeoff):
             raise ValueError(f'tradeoff={tradeoff!r} is not allowed with learn_tradeoff=True, it must be in (0, 1).')
         check_slow_tokens(schedule.keep_ratio, self._num_patches)
-        return cut_schedule(schedule, len(self._attentions()))
+        attentions = self._attentions()
+        schedule = cut_schedule(schedule, len(attentions))
+        if self.learn_tradeoff and self.evolution and schedule.tradeoff != [attn.tradeoff for attn in attentions]:
+            raise ValueError(f'tradeoff={tradeoff!r} cannot be set, it is learned.')
+        return schedule
 
     def _set_evolution(self, **arguments) -> None:
         schedule = self._check_evolution(**arguments)

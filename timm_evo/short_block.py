@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 __all__ = ['can_be_short', 'forward_first', 'has_hooks']
 
 # A layer of another origin may need all tokens: an adapter, one that is quantized, or somebody's own.
-_KNOWN_ORIGINS = ('timm.', 'torch.nn.modules.', 'timm_evo.')
+_KNOWN_ORIGINS = ('timm.', 'torch.nn.modules.')
 
 
 @torch.compiler.assume_constant_result  # what is compiled does not see hooks that come later, as everywhere
@@ -62,7 +62,9 @@ def _is_watched(module: nn.Module) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module and those within are timm's or PyTorch's own, and nobody watches them."""
-    if _is_watched(module) or not type(module).__module__.startswith(_KNOWN_ORIGINS):
+    # the origin of the method, too, which may have been replaced in a class of timm
+    origins = type(module).__module__, type(module).forward.__module__
+    if _is_watched(module) or not all(origin.startswith(_KNOWN_ORIGINS) for origin in origins):
         return False
     return all(child is None or _is_plain(child) for child in module._modules.values())
 

@@ -6,7 +6,7 @@ the queries and keys that the block attends with, whatever made them: adapters, 
 
 Threads may run one model at the same time, so what is heard belongs to one call of a block, a `Listener`. A thread
 keeps the listener of the block that it runs to itself. Compiled code can't tell threads apart, and takes it from the
-tap: where a whole model is compiled, that is plain data flow; blocks that are compiled one by one take turns.
+tap: where a whole model is compiled to one graph, that is plain data flow; blocks that are compiled take turns.
 """
 import functools
 import threading
@@ -55,17 +55,17 @@ class Tap:
         for attn in attentions:
             for norm, tapped_cls in ((attn.q_norm, _TappedQuery), (attn.k_norm, _TappedKey)):
                 norm.__class__ = _tapped_class(type(norm), tapped_cls)
-                norm.tap, norm.attn_scale = tap, attn.scale
-                norm.heads_first = not isinstance(attn, ParallelScalingBlock)
+                norm.tap, norm.attention = tap, (attn,)  # in a tuple, which registers no module
         return tap
 
     @staticmethod
     def remove(block: nn.Module) -> None:
         """Give the modules their own class again."""
         for module in block.modules():
-            if isinstance(module, _Tapped):
+            # not where the class has been changed once more, as by a parametrization, which would be lost
+            if isinstance(module, _Tapped) and 'norm_cls' in vars(type(module)):
                 module.__class__ = module.norm_cls
-                del module.tap, module.attn_scale, module.heads_first
+                del module.tap, module.attention
 
 
 class Listener:
@@ -94,8 +94,8 @@ class Listener:
 
     def hear_key(self, key: Tensor, scale: float) -> None:
         """Take keys (B, H, L, d) of an attention with a factor on its products."""
-        if self._with_gradient != torch.is_grad_enabled():
-            return  # a wrapper has taken the gradient away, and recomputes the block where nobody listens
+        if self._query is None or self._with_gradient != torch.is_grad_enabled():
+            return  # a wrapper may have taken the gradient away, and recompute the block where nobody listens
         if self._with_gradient:
             # Who recomputes the block without a listener, as a wrapper around it may, must find the same tensors saved
             # for its gradient: views save none.
@@ -116,7 +116,7 @@ class Listener:
 
 
 _thread = threading.local()  # its `listener` is that of the block which this thread runs
-_turn = threading.Lock()  # of the threads that run a compiled block
+_turn = threading.RLock()  # of the threads that run a compiled block, from which a hook may call another model
 
 
 def call_and_score(
@@ -158,7 +158,7 @@ def call_and_score(
 @contextmanager
 def _listening(listener: Listener) -> Iterator[None]:
     """Listen on this thread, and in compiled blocks."""
-    before = getattr(_thread, 'listener', None)  # a hook in a block may call another model
+    before = getattr(_thread, 'listener', None)
     _thread.listener = listener.tap.listener = listener
     try:
         yield
@@ -167,7 +167,8 @@ def _listening(listener: Listener) -> Iterator[None]:
 
 
 def _holds_compiled(module: nn.Module) -> bool:
-    if module._compiled_call_impl is not None or '_orig_mod' in module._modules:
+    """Whether compiled code may run within a call of the module; an own `forward` may be compiled."""
+    if module._compiled_call_impl is not None or '_orig_mod' in module._modules or 'forward' in module.__dict__:
         return True
     return any(child is not None and _holds_compiled(child) for child in module._modules.values())
 
@@ -177,7 +178,11 @@ class _Tapped(nn.Module):
 
     What the norm computes is left alone; TorchScript compiles nothing else.
     """
-    __jit_ignored_attributes__ = ['tap']
+    __jit_ignored_attributes__ = ['tap', 'attention']
+
+    def _by_heads(self, x: Tensor) -> Tensor:
+        """What leaves the norm as (B, H, L, d); a block of parallel branches has tokens before heads."""
+        return x.transpose(1, 2) if isinstance(self.attention[0], ParallelScalingBlock) else x
 
     def _listener(self) -> Listener | None:
         if torch.compiler.is_dynamo_compiling():
@@ -195,7 +200,7 @@ class _TappedQuery(_Tapped):
         x = super().__call__(x)
         listener = self._listener()
         if listener is not None:
-            listener.hear_query(x if self.heads_first else x.transpose(1, 2))
+            listener.hear_query(self._by_heads(x))
         return x
 
 
@@ -205,7 +210,7 @@ class _TappedKey(_Tapped):
         x = super().__call__(x)
         listener = self._listener()
         if listener is not None:
-            listener.hear_key(x if self.heads_first else x.transpose(1, 2), self.attn_scale)
+            listener.hear_key(self._by_heads(x), self.attention[0].scale)
         return x
 
 

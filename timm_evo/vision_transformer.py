@@ -300,10 +300,10 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
         """
         _refuse_mask(attn_mask, is_causal)
         x = self._embed(x)
-        if not torch.jit.is_scripting() and short_block.has_hooks(self.blocks):
-            x = self._call_blocks(x)
-        else:
-            x, _ = self._forward_blocks(x, [])
+        if not torch.jit.is_scripting():
+            if short_block.has_hooks(self.blocks):
+                return self.norm(self._call_blocks(x))
+        x, _ = self._forward_blocks(x, [])
         return self.norm(x)
 
     @torch.jit.ignore
@@ -407,7 +407,9 @@ class EvoVisionTransformer(TokenEvolution, VisionTransformer):
         """Reset the classifier head, as timm's; the class head goes with the patch-mean pooling."""
         super().reset_classifier(num_classes, global_pool)
         if self.class_head:
+            norm_cls = self.norm_cls  # stays, as timm's `fc_norm` does
             self._init_class_head(self.global_pool == 'avg')
+            self.norm_cls = norm_cls if self.class_head else self.norm_cls
 
     @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
