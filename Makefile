@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Models are small, so a core each is faster than all cores for one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15
 # the oldest timm of the range in setup.cfg
 OLDEST_TIMM := 1.0.22
 OLDEST_TESTS := faithful method taps short_block levit layer_to_stage every_vit timm_api errors hub convert
@@ -22,7 +24,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 
 tests: $(VENV)/ready
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
 
 # What `make tests` leaves out: blocks that are compiled while their weights are sharded, above all.
 tests-slow: $(VENV)/ready
@@ -30,7 +32,7 @@ tests-slow: $(VENV)/ready
 
 # The same library against the other end of timm's range. What needs a process of its own or timm's newest is left out.
 tests-oldest-timm: $(VENV)/timm-$(OLDEST_TIMM)
-	PYTHONPATH=$< $(BIN)/python -m pytest -k 'not compile' $(OLDEST_TESTS:%=tests/test_%.py)
+	PYTHONPATH=$< $(PYTEST) -k 'not compile' $(OLDEST_TESTS:%=tests/test_%.py)
 
 few-of-timm-suite: MODELS := $(FEW_MODELS)
 # All evolved models and their dense twins, side by side; the large ones take their time.

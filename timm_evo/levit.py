@@ -108,9 +108,9 @@ def _score(
 def _repeat_biases(biases: Tensor, query: Tensor) -> Tensor:
     """Biases of the grid (H, Q, L) for each image that there are queries (H * B, Q, d) of: (H * B, Q, L)."""
     num_heads, num_queries, num_keys = biases.shape
-    # as large as the queries say, for what maps over images
-    repeated = query.new_empty(num_heads, query.shape[0] // num_heads, num_queries, num_keys)
-    return repeated.copy_(biases.unsqueeze(1)).view(query.shape[0], num_queries, num_keys)
+    # a sum, because a copy would be one for all images where vmap maps over them, and take no products of each
+    repeated = biases.to(query.dtype).unsqueeze(1) + query.new_zeros(1, query.shape[0] // num_heads, 1, 1)
+    return repeated.view(query.shape[0], num_queries, num_keys)
 
 
 @torch.fx.wrap
