@@ -80,9 +80,13 @@ def _block(model, block, x: Tensor, num_slow: int) -> tuple[Tensor, Tensor]:
         if block.in_proj.bias is not None:
             features = features + block.in_proj.bias
         hidden = block.mlp_out_proj.in_features
+        if block.mlp_bias is not None:
+            others = torch.zeros(features.shape[1] - hidden, dtype=x.dtype)
+            is_last = hasattr(block, 'qkv_bias')  # an older timm adds it to the last features, whatever they are
+            features = features + torch.cat([others, block.mlp_bias] if is_last else [block.mlp_bias, others])
         out, attention = _attend(model, block, features[:, hidden:], num_slow)
-        hidden_features = features[:, :hidden] if block.mlp_bias is None else features[:, :hidden] + block.mlp_bias
-        return x + block.ls(block.attn_out_proj(out) + block.mlp_out_proj(block.mlp_act(hidden_features))), attention
+        mlp = block.mlp_out_proj(block.mlp_act(features[:, :hidden]))
+        return x + block.ls(block.attn_out_proj(out) + mlp), attention
     if kind == 'ResPostBlock':
         out, attention = _attend(model, block.attn, block.attn.qkv(x), num_slow)
         x = x + block.norm1(block.attn.proj(out))
