@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Models are small, so a core each is faster than all cores for one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --durations 15
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15
 # the oldest timm of the range in setup.cfg
 OLDEST_TIMM := 1.0.22
 OLDEST_TESTS := faithful method taps short_block levit layer_to_stage every_vit timm_api errors hub convert

@@ -25,8 +25,6 @@ fsdp = pytest.importorskip('torch.distributed.fsdp')
 if not hasattr(fsdp, 'fully_shard'):
     pytest.skip('this torch has FSDP2 elsewhere', allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group('sharding')  # on one worker, which starts the processes once
-
 DEIT = dict(img_size=24, patch_size=4, embed_dim=32, depth=6, num_heads=2, num_classes=5)
 EVOLUTION = dict(keep_ratio=0.4, start_block=2, stage_depth=2)
 NUM_STEPS = 3
