@@ -1,6 +1,6 @@
 """ This state of the library against another one, such as the one before a change
 
-    git clone . ../before && git -C ../before checkout v0.1.0
+    git clone . ../before && git -C ../before checkout COMMIT
     python benchmarks/against_checkout.py --checkout ../before --results benchmarks/results/against_checkout_cpu
 
 The other state is imported from its folder under another name, so both run in one process, batch by batch in turn,
