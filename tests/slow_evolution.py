@@ -45,7 +45,7 @@ def _evolve_image(model, x, keep_ratios, tradeoff, fast_update) -> list[Tensor]:
                 representative = sum(scores[j] / total * patches[j] for j in placeholders)
 
         tokens = prefix + [patches[j] for j in slow] + ([] if representative is None else [representative])
-        tokens, attention = _block(model, block, torch.stack(tokens), len(slow))
+        tokens, attention = run_block(model, block, torch.stack(tokens), len(slow))
 
         attention = attention[num_prefix:num_prefix + len(slow)]
         if scores is None:
@@ -67,12 +67,16 @@ def _evolve_image(model, x, keep_ratios, tradeoff, fast_update) -> list[Tensor]:
     return outputs
 
 
-def _block(model, block, x: Tensor, num_slow: int) -> tuple[Tensor, Tensor]:
-    """One block on the tokens (L, C) of one image, and the attention (L,) that scores them."""
+def run_block(model, block, x: Tensor, num_slow: int, log_size: Tensor | float = 0.) -> tuple[Tensor, Tensor]:
+    """One block on the tokens (L, C) of one image, and the attention (L,) that scores them.
+
+    A token that counts as many is looked at as often: the logarithm of its size (L,) is added to the products.
+    """
     kind = type(block).__name__
     if kind == 'ParallelThingsBlock':
         outs, attentions = zip(*(
-            _attend(model, part.attn, part.attn.qkv(part.norm(x)), num_slow) for part in block.attns), strict=True)
+            _attend(model, part.attn, part.attn.qkv(part.norm(x)), num_slow, log_size) for part in block.attns
+        ), strict=True)
         x = x + sum(part.ls(part.attn.proj(out)) for part, out in zip(block.attns, outs, strict=True))
         return x + sum(part.ls(part.mlp(part.norm(x))) for part in block.ffns), sum(attentions)
     if kind == 'ParallelScalingBlock':
@@ -84,24 +88,24 @@ def _block(model, block, x: Tensor, num_slow: int) -> tuple[Tensor, Tensor]:
             others = torch.zeros(features.shape[1] - hidden, dtype=x.dtype)
             is_last = hasattr(block, 'qkv_bias')  # an older timm adds it to the last features, whatever they are
             features = features + torch.cat([others, block.mlp_bias] if is_last else [block.mlp_bias, others])
-        out, attention = _attend(model, block, features[:, hidden:], num_slow)
+        out, attention = _attend(model, block, features[:, hidden:], num_slow, log_size)
         mlp = block.mlp_out_proj(block.mlp_act(features[:, :hidden]))
         return x + block.ls(block.attn_out_proj(out) + mlp), attention
     if kind == 'ResPostBlock':
-        out, attention = _attend(model, block.attn, block.attn.qkv(x), num_slow)
+        out, attention = _attend(model, block.attn, block.attn.qkv(x), num_slow, log_size)
         x = x + block.norm1(block.attn.proj(out))
         return x + block.norm2(block.mlp(x)), attention
-    out, attention = _attend(model, block.attn, block.attn.qkv(block.norm1(x)), num_slow)
+    out, attention = _attend(model, block.attn, block.attn.qkv(block.norm1(x)), num_slow, log_size)
     x = x + block.ls1(block.attn.proj(out))
     return x + block.ls2(block.mlp(block.norm2(x))), attention
 
 
-def _attend(model, attn, qkv: Tensor, num_slow: int) -> tuple[Tensor, Tensor]:
+def _attend(model, attn, qkv: Tensor, num_slow: int, log_size: Tensor | float) -> tuple[Tensor, Tensor]:
     """What an attention gathers (L, C) by queries, keys and values (L, 3 * C), and what scores the tokens (L,)."""
     num_tokens = len(qkv)
     q, k, v = qkv.reshape(num_tokens, 3, attn.num_heads, -1).permute(1, 2, 0, 3)
     q, k = attn.q_norm(q), attn.k_norm(k)
-    out = (q @ k.transpose(1, 2) * attn.scale).softmax(-1) @ v
+    out = (q @ k.transpose(1, 2) * attn.scale + log_size).softmax(-1) @ v
 
     num_prefix = model.num_prefix_tokens
     query = q[:, 0] if model.has_class_token else q[:, num_prefix:num_prefix + num_slow].mean(1)

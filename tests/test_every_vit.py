@@ -166,7 +166,7 @@ def test_a_created_model_is_restored_to_the_dense_twin():
 def test_restoring_takes_class_head_and_count_away():
     dense = create('vit_tiny_patch16_224', global_pool='avg')
     keys = dense.state_dict().keys()
-    model = evolve(dense, class_head=True, layerwise_updates=5)
+    model = evolve(dense, selection='stage', class_head=True, layerwise_updates=5)
     assert {'head_cls.weight', 'num_updates'} <= model.state_dict().keys() - keys
     assert restore(model).state_dict().keys() == keys
     sgd(model).step()  # nobody counts any more
@@ -177,7 +177,7 @@ def test_a_refused_model_is_left_as_it_was():
     keys, attributes = dense.state_dict().keys(), set(vars(dense))
     for _ in range(2):
         with pytest.raises(ValueError, match='class_head=True is not allowed'):
-            evolve(dense, layerwise_updates=3, class_head=True)
+            evolve(dense, selection='stage', layerwise_updates=3, class_head=True)
         assert type(dense) is VisionTransformer
         assert dense.state_dict().keys() == keys and set(vars(dense)) == attributes
         sgd(dense).step()
@@ -185,7 +185,7 @@ def test_a_refused_model_is_left_as_it_was():
 
 @pytest.mark.parametrize('device, dtype', [('cpu', torch.float64), ('meta', torch.float32)])
 def test_device_and_dtype_stay(device, dtype):
-    model = evolve(create('vit_tiny_patch16_224').to(device, dtype), layerwise_updates=5)
+    model = evolve(create('vit_tiny_patch16_224').to(device, dtype), selection='stage', layerwise_updates=5)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {(device, dtype)}
     assert model.num_updates.device.type == device
 
@@ -200,7 +200,7 @@ def test_weights_may_be_loaded_less_strictly_as_in_timm():
 
 
 def test_the_input_size_of_a_hybrid_is_that_of_its_image():
-    model = evolve(create('vit_tiny_r_s16_p8_224'), keep_ratio=0.2)  # a patch is 32 pixels wide
+    model = evolve(create('vit_tiny_r_s16_p8_224'), selection='stage', keep_ratio=0.2)  # a patch is 32 pixels wide
     with pytest.raises(ValueError, match='keep_ratio=0.2 of 4 patch tokens'):
         model.set_input_size(img_size=64)
     model.set_input_size(img_size=96)
@@ -257,7 +257,8 @@ def test_set_evolution_is_as_if_created_so():
     model = evolve(copy.deepcopy(dense))
     changes = [
         dict(keep_ratio=0.7), dict(selection='layer'), dict(start_block=3, stage_depth=1, fast_update=False),
-        dict(keep_ratio=[0.5, 0.4, 0.3], tradeoff=0.2, selection='stage')]
+        dict(keep_ratio=[0.5, 0.4, 0.3], tradeoff=0.2, selection='stage'),
+        dict(selection='similarity', keep_ratio=0.6, stage_depth=None, tradeoff=None, fast_update=True)]
     settings = {}
     for change in changes:
         settings |= change
@@ -286,7 +287,7 @@ def selections(model: nn.Module) -> dict[int, float]:
 
 
 def test_counting_goes_on_after_a_change():
-    model = evolve(create('vit_tiny_patch16_224'), layerwise_updates=3)
+    model = evolve(create('vit_tiny_patch16_224'), selection='stage', layerwise_updates=3)
     optimizer = sgd(model)
     optimizer.step()
     optimizer.step()
@@ -297,7 +298,7 @@ def test_counting_goes_on_after_a_change():
 
 
 def test_counting_begins_and_ends_with_a_change():
-    model = evolve(create('vit_tiny_patch16_224'))
+    model = evolve(create('vit_tiny_patch16_224'), selection='stage')
     optimizer = sgd(model)
     for _ in range(2):
         model.set_evolution(layerwise_updates=1)
@@ -311,7 +312,8 @@ def test_counting_begins_and_ends_with_a_change():
 
 def test_a_model_that_has_lost_its_last_blocks_keeps_its_segments():
     model = timm.create_model(
-        'evo_vit_tiny_patch16_224', img_size=48, patch_size=8, features_only=True, out_indices=(3, 7)).eval()
+        'evo_vit_tiny_patch16_224', img_size=48, patch_size=8, features_only=True, out_indices=(3, 7),
+        selection='stage').eval()
     assert selections(model.model) == {4: 0.5}
     model.model.set_evolution(fast_update=False, keep_ratio=[0.5, 0.4])
     assert selections(model.model) == {4: 0.5}
@@ -420,7 +422,7 @@ def test_other_refusals():
     with pytest.raises(TypeError, match='VisionTransformer is not evolved'):
         restore(restore(model))
     with pytest.raises(ValueError, match='keep_ratio=0.01 of 36 patch tokens'):
-        evolve(VisionTransformer(**SMALL), keep_ratio=0.01)
+        evolve(VisionTransformer(**SMALL), selection='stage', keep_ratio=0.01)
     with pytest.raises(TypeError, match='keep_ratios is no argument of evolution'):
         evolve(VisionTransformer(**SMALL), keep_ratios=0.5)
 
@@ -442,8 +444,8 @@ def test_public_names():
 
 def test_numbers_of_numpy_are_numbers(tmp_path):
     dense = create('vit_tiny_patch16_224')
-    model = evolve(copy.deepcopy(dense), keep_ratio=np.float32(0.5), start_block=np.int64(3))
+    model = evolve(copy.deepcopy(dense), selection='stage', keep_ratio=np.float32(0.5), start_block=np.int64(3))
     model.set_evolution(tradeoff=np.array([0.25] * 6))
     assert model.evolution['start_block'] == 3 and type(model.evolution['tradeoff']) is list
-    expected = evolve(dense, keep_ratio=0.5, start_block=3, tradeoff=[0.25] * 6)
+    expected = evolve(dense, selection='stage', keep_ratio=0.5, start_block=3, tradeoff=[0.25] * 6)
     assert torch.equal(model(images(model)), expected(images(expected)))

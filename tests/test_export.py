@@ -15,6 +15,7 @@ except ImportError:  # it has no release for some platforms
     openvino = None
 
 SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=6, num_heads=2, num_classes=7, start_block=2, stage_depth=2)
+SIMILARITY = dict(selection='similarity', stage_depth=None)
 BATCH_SIZES = (1, 2, 8)
 # registers and LayerScale, a norm before the blocks, attention pooling without a class token, normalised queries and
 # keys, convolutions before the patches
@@ -66,7 +67,7 @@ def run(file: Path, images: Tensor) -> dict[str, Tensor]:
     ('evo_deit_tiny_patch16_224', SMALL),
     ('evo_deit_tiny_patch16_224', SMALL | dict(qk_norm=True, selection='layer')),
     ('evo_deit_tiny_patch16_224', SMALL | dict(global_pool='avg', class_head=True, fast_update=False)),
-    ('evo_deit_tiny_distilled_patch16_224', SMALL),
+    ('evo_deit_tiny_distilled_patch16_224', SMALL | SIMILARITY),
     ('evo_levit_128s', dict(img_size=128, num_classes=7)),
     ('evo_levit_cls_128s', dict(img_size=128, num_classes=7)),
 ])
@@ -102,7 +103,7 @@ def test_every_kind_of_vit_is_exported(name, tmp_path):
             assert difference < 1e-4, f'{runtime}, batch {batch_size}: {difference}'
 
 
-@pytest.mark.parametrize('settings', [dict(), dict(selection='layer', keep_ratio=0.7, fast_update=False)])
+@pytest.mark.parametrize('settings', [dict(), dict(selection='layer', keep_ratio=0.7, fast_update=False), SIMILARITY])
 def test_an_export_may_leave_the_image_size_open(settings, tmp_path):
     """As timm's dense model with `dynamic_img_size`: how many tokens are slow follows from the grid."""
     model = create_model('evo_deit_tiny_patch16_224', SMALL | dict(dynamic_img_size=True) | settings)

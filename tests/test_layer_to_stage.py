@@ -510,7 +510,7 @@ def test_a_shallow_copy_follows_a_checkpoint_loaded_into_the_other():
 
 def test_shallow_copies_that_begin_to_count_later_share_the_count():
     dense = timm.create_model('test_vit')
-    models = [evolve(copy.copy(dense)), evolve(dense)]
+    models = [evolve(copy.copy(dense), selection='stage'), evolve(dense, selection='stage')]
     models.append(copy.copy(models[0]))
     for model in models:
         model.set_evolution(layerwise_updates=N)
@@ -519,11 +519,12 @@ def test_shallow_copies_that_begin_to_count_later_share_the_count():
         optimizer.step()
         for model in models:
             assert model.num_updates == updates
-            assert (model.schedule == evolve(timm.create_model('test_vit')).schedule) == (updates == N)
+            stagewise = evolve(timm.create_model('test_vit'), selection='stage').schedule
+            assert (model.schedule == stagewise) == (updates == N)
 
 
 def test_a_shallow_copy_stops_to_count_with_the_buffer_it_shares():
-    model = evolve(timm.create_model('test_vit'), layerwise_updates=N)
+    model = evolve(timm.create_model('test_vit'), selection='stage', layerwise_updates=N)
     copied = copy.copy(model)
     model.set_evolution(layerwise_updates=0)
     sgd(copied).step()
@@ -541,7 +542,7 @@ def test_a_count_made_in_inference_mode_goes_on_in_training(name):
 
 
 def test_a_count_begun_in_inference_mode_goes_on_in_training():
-    model = evolve(timm.create_model('test_vit'))
+    model = evolve(timm.create_model('test_vit'), selection='stage')
     with torch.inference_mode():
         model.set_evolution(layerwise_updates=N)
     sgd(model).step()

@@ -24,10 +24,11 @@ KINDS = {
 }
 
 
-def build(distilled: bool = False, seed: int = 0, **kwargs) -> EvoVisionTransformer:
+def build(distilled: bool = False, seed: int = 0, selection: str = 'stage', **kwargs) -> EvoVisionTransformer:
     """A small model in float64, with weights far enough from zero for attention to differ between tokens."""
     torch.manual_seed(seed)
-    model = (EvoVisionTransformerDistilled if distilled else EvoVisionTransformer)(**(SMALL | kwargs)).double()
+    cls = EvoVisionTransformerDistilled if distilled else EvoVisionTransformer
+    model = cls(**(SMALL | kwargs), selection=selection).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -119,8 +120,8 @@ def test_keep_ratio_one_is_the_dense_model(name):
 @pytest.mark.parametrize('settings', [
     dict(),
     dict(keep_ratio=0.3, selection='layer'),
-    dict(fast_update=False, start_block=2, stage_depth=1),
-    dict(keep_ratio=[0.7, 0.4], start_block=1, stage_depth=3, tradeoff=0.1),
+    dict(selection='stage', fast_update=False, start_block=2, stage_depth=1),
+    dict(selection='stage', keep_ratio=[0.7, 0.4], start_block=1, stage_depth=3, tradeoff=0.1),
 ])
 def test_every_setting_has_the_state_dict_of_the_dense_model(settings):
     dense = timm.create_model('test_vit')

@@ -31,7 +31,7 @@ NUM_STEPS = 3
 
 # Arguments of the dense model, and of evolution. Those of a registered name have both at once.
 MODELS = {
-    'stage': ('deit_tiny_patch16_224', {}, {}),
+    'stage': ('deit_tiny_patch16_224', {}, dict(selection='stage')),
     'layer': ('deit_tiny_patch16_224', {}, dict(selection='layer')),
     'layer to stage': ('evo_deit_tiny_patch16_224', {}, dict(layerwise_updates=2)),
     'registered': ('evo_deit_tiny_patch16_224', {}, dict(selection='layer')),
@@ -40,6 +40,7 @@ MODELS = {
         'deit_tiny_patch16_224', dict(class_token=False, global_pool='avg'), dict(selection='layer')),
     'two heads': ('evo_deit_tiny_patch16_224', dict(global_pool='avg'), dict(selection='layer', class_head=True)),
     'distilled': ('evo_deit_tiny_distilled_patch16_224', {}, {}),
+    'similarity': ('deit_tiny_patch16_224', {}, dict(selection='similarity', stage_depth=None)),
 }
 
 # Model, how its activations are checkpointed, how its blocks are compiled, how its weights are sharded.
@@ -56,6 +57,9 @@ CASES = {
     'layer, weights kept between forward and backward': ('layer', 'not', 'not', 'FSDP2, kept'),
     'layer, nothing but the root is sharded': ('layer', 'not', 'not', 'FSDP2, root'),
     **{f'{model}, FSDP1': (model, 'not', 'not', 'FSDP1') for model in ('stage', 'layer', 'layer to stage', 'qk norm')},
+    'similarity, checkpointed by timm': ('similarity', 'by timm', 'not', 'FSDP2'),
+    'similarity, compiled in place': ('similarity', 'not', 'in place', 'FSDP2'),
+    'similarity, FSDP1': ('similarity', 'not', 'not', 'FSDP1'),
     'layer, FSDP1, checkpointed by timm': ('layer', 'by timm', 'not', 'FSDP1'),
 }
 # A few of those that compile are enough for every day.

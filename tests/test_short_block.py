@@ -36,19 +36,19 @@ def lengths(monkeypatch) -> list[int]:
     seen = []
     forward_first = short_block.forward_first
 
-    def spy(block, x, num_tokens):
+    def spy(block, x, num_tokens, *mask):
         seen.append(num_tokens)
-        return forward_first(block, x, num_tokens)
+        return forward_first(block, x, num_tokens, *mask)
 
     monkeypatch.setattr(short_block, 'forward_first', spy)
     return seen
 
 
 @pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize('selection', ['stage', 'layer'])
+@pytest.mark.parametrize('selection', ['stage', 'layer', 'similarity'])
 @pytest.mark.parametrize('kind', SHORT)
 def test_logits_and_gradients_are_those_of_the_whole_block(kind, selection, training, lengths):
-    for seed, keep_ratio in enumerate((0.3, 0.7, 1.0)):
+    for seed, keep_ratio in enumerate((0.4, 0.7, 1.0)):
         model = build(seed=seed, **KINDS[kind], selection=selection, keep_ratio=keep_ratio, start_block=2)
         model.train(training)
         short, long = model(images()), long_forward(model, images())
@@ -198,15 +198,20 @@ WATCHERS = {
 }
 
 
+@pytest.mark.parametrize('selection', ['stage', 'similarity'])
 @pytest.mark.parametrize('watcher', WATCHERS)
-def test_whoever_watches_sees_every_token(watcher, lengths):
-    model, plain = build(), build()
+def test_whoever_watches_sees_every_token(watcher, selection, lengths):
+    model, plain = build(selection=selection), build(selection=selection)
     seen = []
     WATCHERS[watcher](model, seen)
     logits = model(images())
     logits.sum().backward()
-    # class token, patches, or where tokens are selected half of them, and the representative token
-    assert seen and set(seen) <= {1 + 36, 1 + 18 + 1}, 'all tokens are seen'
+    # class token, the patches that are present, and in published selections the representative token
+    present = {int(share * 36) for share in model.schedule.keep_ratio}
+    num_last = 1 + 18 + 1 if selection == 'stage' else 1 + min(present)
+    # the norm, too, where it tells who is alike
+    allowed = {1 + number for number in present} if 'norm' in watcher else {1 + 36, num_last}
+    assert seen and set(seen) <= allowed, 'all tokens are seen'
     assert lengths == []
     torch.testing.assert_close(logits, plain(images()), rtol=0, atol=1e-10)
     assert lengths == [1]

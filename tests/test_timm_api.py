@@ -11,6 +11,7 @@ from torch import nn
 
 MODELS = ['evo_deit_tiny_patch16_224', 'evo_deit_tiny_distilled_patch16_224']
 SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=6, num_heads=2, num_classes=7, start_block=2, stage_depth=2)
+SIMILARITY = dict(selection='similarity', stage_depth=None)
 
 
 def create(name: str = MODELS[0], seed: int = 0, **kwargs) -> nn.Module:
@@ -147,9 +148,9 @@ def test_intermediates_are_whole_ordered_grids_at_every_depth(name):
                                model.norm(grid.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize('selection', ['stage', 'layer'])
-def test_intermediates_agree_with_the_features(name, selection):
-    model = create(name, selection=selection)
+@pytest.mark.parametrize('settings', [dict(), dict(selection='layer'), SIMILARITY])
+def test_intermediates_agree_with_the_features(name, settings):
+    model = create(name, **settings)
     final, intermediates = model.forward_intermediates(images(), output_fmt='NLC', return_prefix_tokens=True, norm=True)
     patches, prefix = intermediates[-1]
     torch.testing.assert_close(torch.cat([prefix, patches], 1), final)
@@ -215,7 +216,7 @@ def test_group_matcher_orders_all_parameters_by_depth(name):
     assert set(groups) == {n for n, _ in create(name).named_parameters()}
 
 
-@pytest.mark.parametrize('settings', [dict(), dict(selection='layer'), dict(fast_update=False)])
+@pytest.mark.parametrize('settings', [dict(), dict(selection='layer'), dict(fast_update=False), SIMILARITY])
 def test_grad_checkpointing_gives_the_same_gradients(name, settings):
     gradients = []
     for enable in (False, True):
@@ -235,8 +236,9 @@ def test_every_parameter_gets_a_gradient(selection, settings):
     assert not [n for n, parameter in model.named_parameters() if parameter.grad is None]
 
 
-def test_patch_drop_rate_drops_patches_in_training_only(name):
-    model, dense = create(name, patch_drop_rate=0.5), create(name, patch_drop_rate=0.5, keep_ratio=1.0)
+@pytest.mark.parametrize('settings', [dict(), SIMILARITY])
+def test_patch_drop_rate_drops_patches_in_training_only(name, settings):
+    model, dense = create(name, patch_drop_rate=0.5, **settings), create(name, patch_drop_rate=0.5, keep_ratio=1.0)
     for training in (True, False):
         features, expected = (m.train(training).forward_features(images()) for m in (model, dense))
         assert features.shape == expected.shape
@@ -283,14 +285,16 @@ def test_torchscript(name):
     torch.testing.assert_close(scripted(images(5)), model(images(5)))
 
 
-def test_fx_tracing(name):
-    model = create(name)
+@pytest.mark.parametrize('settings', [dict(), SIMILARITY])
+def test_fx_tracing(name, settings):
+    model = create(name, **settings)
     traced = torch.fx.symbolic_trace(model)
     torch.testing.assert_close(traced(images(3)), model(images(3)))
 
 
-def test_compile_is_one_graph_in_inference_and_training():
-    model = create(depth=2, start_block=1)
+@pytest.mark.parametrize('settings', [dict(), SIMILARITY])
+def test_compile_is_one_graph_in_inference_and_training(settings):
+    model = create(depth=2, start_block=1, **settings)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images()), model(images()), rtol=1e-4, atol=1e-5)
@@ -300,8 +304,9 @@ def test_compile_is_one_graph_in_inference_and_training():
         torch.testing.assert_close(a.grad, e.grad, rtol=1e-3, atol=1e-4 * max(1, e.grad.abs().max().item()))
 
 
-def test_export_with_a_dynamic_batch(name):
-    model = create(name)
+@pytest.mark.parametrize('settings', [dict(), SIMILARITY])
+def test_export_with_a_dynamic_batch(name, settings):
+    model = create(name, **settings)
     batch = torch.export.Dim('batch', min=1, max=64)
     exported = torch.export.export(model, (images(2),), dynamic_shapes=({0: batch},)).module()
     for batch_size in (1, 2, 5):
@@ -309,8 +314,9 @@ def test_export_with_a_dynamic_batch(name):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_autocast(name, dtype):
-    model = create(name).train()
+@pytest.mark.parametrize('settings', [dict(), SIMILARITY])
+def test_autocast(name, settings, dtype):
+    model = create(name, **settings).train()
     with torch.autocast('cpu', dtype=dtype):
         logits = model(images())
         loss = logits.float().square().mean()
@@ -320,7 +326,7 @@ def test_autocast(name, dtype):
     torch.testing.assert_close(logits.float(), model(images()), rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize('settings', [dict(), dict(selection='layer'), dict(fast_update=False)])
+@pytest.mark.parametrize('settings', [dict(), dict(selection='layer'), dict(fast_update=False), SIMILARITY])
 def test_pure_bfloat16(name, settings):
     model = create(name, **settings).bfloat16()
     logits = model(images().bfloat16())

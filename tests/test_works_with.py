@@ -338,6 +338,7 @@ def create_levit(name: str) -> nn.Module:
 TRANSFORMED = {
     'vit': create,
     'vit, stage': lambda: create(selection='stage'),
+    'vit, similarity': lambda: create(selection='similarity', start_block=None),
     'vit without class token': lambda: create(class_token=False, global_pool='avg'),
     'levit': lambda: create_levit('evo_levit_128s'),
     'levit with class token': lambda: create_levit('evo_levit_cls_128s'),

@@ -190,7 +190,7 @@ def representative_token(x: Tensor, scores: Tensor, slow: Tensor) -> Tensor:
     return weight.unsqueeze(1).to(x.dtype).bmm(x)
 
 
-def _rows(positions: Tensor, num_tokens: int) -> Tensor:
+def rows(positions: Tensor, num_tokens: int) -> Tensor:
     """Positions (B, K) in sequences of a length as rows of the whole batch (B * K,), to copy whole rows at once."""
     offsets = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1) * num_tokens
     return (positions + offsets).view(-1)
@@ -223,7 +223,7 @@ def begin_segment(
         return x, None, None
     assert scores is not None
     slow = select_tokens(scores, keep_ratio, num_prefix_tokens)
-    tokens = x.flatten(0, 1).index_select(0, _rows(slow, x.shape[1]))
+    tokens = x.flatten(0, 1).index_select(0, rows(slow, x.shape[1]))
     tokens = tokens.view(slow.shape[0], slow.shape[1], x.shape[2])
     if not fast_update:
         return tokens, slow, None
@@ -250,10 +250,10 @@ def follow(x: Tensor, tokens: Tensor, slow: Tensor | None, representative: Tenso
     """
     if slow is None:
         return tokens
-    rows = _rows(slow, x.shape[1])
+    slow_rows = rows(slow, x.shape[1])
     if representative is None:
-        return x.flatten(0, 1).index_copy(0, rows, tokens.flatten(0, 1)).view_as(x)
+        return x.flatten(0, 1).index_copy(0, slow_rows, tokens.flatten(0, 1)).view_as(x)
     # added to all, because the copy overwrites the others: the placeholders need no index of their own
     moved = x + (tokens[:, -1:] - representative)
     moved = moved.flatten(0, 1)  # a view, or a copy where the patches come as columns of a feature map
-    return moved.index_copy_(0, rows, tokens[:, :-1].flatten(0, 1)).view_as(x)
+    return moved.index_copy_(0, slow_rows, tokens[:, :-1].flatten(0, 1)).view_as(x)

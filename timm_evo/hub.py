@@ -42,8 +42,15 @@ def model_card(model: nn.Module, name: str) -> dict[str, Any]:
         The parts that timm's `generate_readme` puts together.
     """
     begins, keep_ratio, _, tradeoff = model.schedule
-    selections = [f'{ratio:g} at {i}' for i, ratio in enumerate(keep_ratio) if begins[i] and ratio < 1]
+    selections = [f'{ratio:.3g} at {i}' for i, ratio in enumerate(keep_ratio) if begins[i] and ratio < 1]
     is_learned = any(name.endswith('learn_tradeoff') for name in model.state_dict())
+    evolution = {
+        'Selection': model.evolution['selection'],
+        'Share of slow tokens, and the block (LeViT: attention) that selects them': ', '.join(selections),
+    }
+    if model.evolution['selection'] != 'similarity':
+        evolution['Trade-off'] = 'learned' if is_learned else ', '.join(f'{alpha:g}' for alpha in tradeoff)
+        evolution['Fast update of the other tokens'] = 'yes' if model.fast_update else 'no'
     return {
         'description': f"`{model.pretrained_cfg['architecture']}`, a model of timm with token evolution.",
         'details': {
@@ -53,11 +60,7 @@ def model_card(model: nn.Module, name: str) -> dict[str, Any]:
                 'Image size': ' x '.join(map(str, _input_size(model)[1:])),
                 'Classes': model.num_classes,
             },
-            'Token evolution': {
-                'Share of slow tokens, and the block (LeViT: attention) that selects them': ', '.join(selections),
-                'Trade-off': 'learned' if is_learned else ', '.join(f'{alpha:g}' for alpha in tradeoff),
-                'Fast update of the other tokens': 'yes' if model.fast_update else 'no',
-            },
+            'Token evolution': evolution,
             'Papers': ['Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer: '
                        'https://arxiv.org/abs/2108.01390'],
         },

@@ -129,7 +129,9 @@ def _register_twin(dense: str, family: _Family) -> None:
     """Register `evo_<dense>` with the weights of timm's `dense` model."""
     variant = f'evo_{dense}'
     cfgs = get_arch_pretrained_cfgs(dense)
-    _register(variant, dense, family, {name.replace(dense, variant): cfg for name, cfg in cfgs.items()})
+    # the paper's own names are as published; the others exist for weights that were trained without token evolution
+    defaults = {'selection': 'stage'} if dense.startswith('deit_') else {}
+    _register(variant, dense, family, {name.replace(dense, variant): cfg for name, cfg in cfgs.items()}, **defaults)
 
 
 def _without_weights(dense: str) -> PretrainedCfg:
@@ -157,7 +159,7 @@ for _module, _wildcard, _family in _VITS:
 # The authors train DeiT-S at 384, too, which timm has no dense model of: no weights, and the input of DeiT-B at 384.
 _register('evo_deit_small_patch16_384', 'deit_small_patch16_224', _DEIT, {
     'evo_deit_small_patch16_384': _without_weights('deit_base_patch16_384'),
-})
+}, selection='stage')
 
 for _size in ('128s', '128', '192', '256', '384'):
     _register_twin(f'levit_{_size}', _LEVIT)

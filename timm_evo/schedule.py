@@ -54,9 +54,9 @@ def make_schedule(
         start_block: int | None,
         stage_depth: int | None,
         selection: str,
-        tradeoff: float | Sequence[float],
+        tradeoff: float | Sequence[float] | None,
 ) -> Schedule:
-    """Work out what each block of a flat model has to do.
+    """Work out what each block of a flat model has to do in one of the published selections.
 
     Args:
         depth: Number of blocks.
@@ -66,14 +66,15 @@ def make_schedule(
         stage_depth: Blocks per segment in stage-wise selection. None for half of the blocks that evolve, rounded up.
         selection: 'stage', one selection per segment of `stage_depth` blocks, or 'layer', one per block.
         tradeoff: alpha in [0, 1]; one number for the evolved blocks (the dense ones before them then take 1, as in the
-            authors' DeiT), or one per block.
+            authors' DeiT), or one per block. None for 0.5.
 
     Raises:
         ValueError: An argument is outside what is allowed; the message names it.
     """
-    _check_selection(selection)
+    _check_selection(selection, ('stage', 'layer', 'similarity'))
+    tradeoff = 0.5 if tradeoff is None else tradeoff
     if start_block is None:
-        start_block = max(1, round(depth / 3))
+        start_block = _default_start(depth)
     _check_start(start_block, depth)
     if stage_depth is None:
         stage_depth = math.ceil((depth - start_block) / 2)
@@ -86,6 +87,69 @@ def make_schedule(
     if not isinstance(tradeoff, Sequence):
         alphas[:start_block] = [1.] * start_block
     return Schedule(begins, ratios, _read_scores(begins, ratios, alphas), alphas)
+
+
+def make_similarity_schedule(
+        depth: int,
+        keep_ratio: float | Sequence[float],
+        start_block: int | None,
+) -> Schedule:
+    """Work out how many tokens are averaged into others before each block of a flat model.
+
+    Few at a time: before every second block, each time the same share of those that are left. None before the last
+    block, where they would save next to nothing if the head reads the class token alone.
+
+    Args:
+        depth: Number of blocks.
+        keep_ratio: Mean share of the patch tokens in the blocks from `start_block` on without the last, in (0, 1]; or
+            a sequence with the share of each block from there on, which never grows, and at most halves.
+        start_block: First block that evolves, at least 1. None for 1, and for as many tokens, over all blocks but the
+            last, as the published selections leave, which begin after a third of the depth.
+
+    Raises:
+        ValueError: An argument is outside what is allowed; the message names it.
+    """
+    first = 1 if start_block is None else start_block
+    _check_start(first, depth)
+    if isinstance(keep_ratio, Sequence) and not isinstance(keep_ratio, str):
+        shares = _per_entry('keep_ratio', keep_ratio, depth - first, 'block that evolves')
+        shares = [_check_share('keep_ratio', share, '(0, 1]', low_included=False) for share in shares]
+        for before, share in itertools.pairwise([1., *shares]):
+            if not before / 2 <= share <= before:
+                raise ValueError(
+                    f'keep_ratio={keep_ratio!r} is not allowed, a share of {share:g} cannot follow one of {before:g}: '
+                    "in selection='similarity' it never grows from block to block, and at most halves.")
+    else:
+        keep_ratio = _check_share('keep_ratio', keep_ratio, '(0, 1]', low_included=False)
+        end = max(depth - 1, first + 1)  # of the blocks that count
+        num_dense = _default_start(depth) - first if start_block is None else 0
+        powers = [i // 2 + 1 for i in range(end - first)]
+        factor = _solve_factor(keep_ratio, powers, num_dense)
+        shares = [factor ** power for power in powers]
+        shares += shares[-1:] * (depth - end)
+    shares = [1.] * first + shares
+    begins = [False] + [share < before for before, share in itertools.pairwise(shares)]
+    return Schedule(begins, shares, [False] * depth, [0.] * depth)
+
+
+def _solve_factor(keep_ratio: float, powers: Sequence[int], num_dense: int) -> float:
+    """The factor whose powers have the sum of `num_dense` ones and `keep_ratio` for the others, in [0.5, 1]."""
+    if keep_ratio == 1:
+        return 1.
+    least = (sum(0.5 ** power for power in powers) - num_dense) / (len(powers) - num_dense)
+    if keep_ratio < least:
+        raise ValueError(
+            f"keep_ratio={keep_ratio} is not allowed with selection='similarity' here, at most half of the tokens go "
+            f'at a time: it must be at least {math.ceil(1e4 * least) / 1e4:g}.')
+    goal = num_dense + keep_ratio * (len(powers) - num_dense)
+    low, high = 0.5, 1.
+    for _ in range(60):  # halvings, until no number is in between
+        factor = (low + high) / 2
+        if sum(factor ** power for power in powers) > goal:
+            high = factor
+        else:
+            low = factor
+    return high
 
 
 def make_pyramid_schedule(
@@ -109,7 +173,11 @@ def make_pyramid_schedule(
     Raises:
         ValueError: An argument is outside what is allowed; the message names it.
     """
-    _check_selection(selection)
+    if selection == 'similarity':
+        raise ValueError(
+            "selection='similarity' is not allowed for LeViT: it hands tokens over little by little through many "
+            "blocks, and LeViT's stages of a few blocks each end with the whole grid. It must be 'stage' or 'layer'.")
+    _check_selection(selection, ('stage', 'layer'))
     _check_start(start_block, sum(depths))
     downsampling, firsts = [], []
     block = length = 0
@@ -182,13 +250,35 @@ def check_slow_tokens(keep_ratio: Sequence[float], num_patches: Sequence[int]) -
     for ratio, number in zip(keep_ratio, num_patches, strict=True):
         if int(ratio * number) < 1:
             raise ValueError(
-                f'keep_ratio={ratio} of {number} patch tokens leaves none on the slow path, it must be at least '
-                f'{math.ceil(1e4 / number) / 1e4:g} here.')
+                f'keep_ratio={ratio:.4g} of {number} patch tokens leaves none on the slow path of a block, it must be '
+                f'at least {math.ceil(1e4 / number) / 1e4:g} there.')
 
 
-def _check_selection(selection: str) -> None:
-    if selection not in ('stage', 'layer'):
-        raise ValueError(f"selection={selection!r} is not known, it must be 'stage' or 'layer'.")
+def check_similarity(**published) -> None:
+    """Refuse arguments that only the published selections have.
+
+    Args:
+        **published: These, by name; None where nobody has set them.
+
+    Raises:
+        ValueError: One is set.
+    """
+    for name, value in published.items():
+        if value is not None:
+            needed = "'stage'" if name in ('stage_depth', 'layerwise_updates') else "'stage' or 'layer'"
+            raise ValueError(
+                f"{name}={value!r} is not allowed with selection='similarity', it needs selection={needed}.")
+
+
+def _default_start(depth: int) -> int:
+    """Where the published selections begin: after a third of the depth, 4 of 12 blocks."""
+    return max(1, round(depth / 3))
+
+
+def _check_selection(selection: str, known: Sequence[str]) -> None:
+    if selection not in known:
+        raise ValueError(
+            f'selection={selection!r} is not known, it must be {", ".join(map(repr, known[:-1]))} or {known[-1]!r}.')
 
 
 def _check_start(start_block: int, depth: int) -> None:

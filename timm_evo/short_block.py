@@ -69,12 +69,22 @@ def _is_plain(module: nn.Module) -> bool:
     return all(child is None or _is_plain(child) for child in module._modules.values())
 
 
-def forward_first(block: Block, x: Tensor, num_tokens: int) -> Tensor:
-    """What timm's `Block.forward` returns for the first tokens: (B, L, C) to (B, num_tokens, C)."""
+def forward_first(block: Block, x: Tensor, num_tokens: int, attn_mask: Tensor | None = None) -> Tensor:
+    """What timm's `Block.forward` returns for the first tokens.
+
+    Args:
+        block: A block.
+        x: Tokens present (B, L, C).
+        num_tokens: How many are wanted.
+        attn_mask: What attention adds to its logits (B, 1, 1, L), if anything.
+
+    Returns:
+        The first tokens after the block (B, num_tokens, C).
+    """
     attn = block.attn
     y = block.norm1(x)
     attention = folded_attention(
-        y[:, :num_tokens], y, attn.qkv.weight, attn.qkv.bias, attn.num_heads, attn.scale)
+        y[:, :num_tokens], y, attn.qkv.weight, attn.qkv.bias, attn.num_heads, attn.scale, attn_mask)
     values = folded_values(attn.attn_drop(attention), y, attn.qkv.weight, attn.qkv.bias)
     x = x[:, :num_tokens] + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(values))))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
@@ -87,6 +97,7 @@ def folded_attention(
         qkv_bias: Tensor | None,
         num_heads: int,
         scale: float,
+        attn_mask: Tensor | None = None,
 ) -> Tensor:
     """Attention that a few tokens pay to all, without computing a single key.
 
@@ -101,6 +112,7 @@ def folded_attention(
         qkv_bias: Their bias (3 * H * d,), if any.
         num_heads: Number of heads H.
         scale: Factor on the products.
+        attn_mask: What is added to them (B, 1, 1, L), if anything.
 
     Returns:
         Attention (B, H, T, L) in float32 or wider; every row sums to 1.
@@ -117,6 +129,8 @@ def folded_attention(
     logits = query.bmm(tokens.transpose(1, 2))
     if logits.dtype != torch.float64:
         logits = logits.float()
+    if attn_mask is not None:
+        logits = logits + attn_mask.squeeze(1)
     return logits.softmax(dim=-1).view(batch_size, num_heads, num_queries, tokens.shape[1])
 
 

@@ -18,11 +18,19 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
-from . import evolution, short_block, taps
+from . import evolution, short_block, similarity, taps
 from .arguments import split_arguments
 from .beside import ClassAttentionBeside, is_sharded
 from .evolved import Evolved, attribute_names, combined_class
-from .schedule import check_flag, check_layerwise_updates, check_slow_tokens, cut_schedule, make_schedule
+from .schedule import (
+    check_flag,
+    check_layerwise_updates,
+    check_similarity,
+    check_slow_tokens,
+    cut_schedule,
+    make_schedule,
+    make_similarity_schedule,
+)
 
 __all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'TokenEvolution']
 
@@ -57,8 +65,8 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
             keep_ratio: float | Sequence[float] = 0.5,
             start_block: int | None = None,
             stage_depth: int | None = None,
-            selection: str = 'stage',
-            tradeoff: float | Sequence[float] = 0.5,
+            selection: str = 'similarity',
+            tradeoff: float | Sequence[float] | None = None,
             fast_update: bool = True,
             class_head: bool = False,
             layerwise_updates: int = 0,
@@ -66,20 +74,25 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
         """Set up token evolution in a model that is dense so far.
 
         Args:
-            keep_ratio: Share of the patch tokens on the slow path, in (0, 1]; one number or one per segment. 1.0 is
+            keep_ratio: Share of the patch tokens on the slow path, in (0, 1]; one number, or one per segment. In
+                'similarity' the mean share over the evolved blocks, or one per block; see
+                `schedule.make_similarity_schedule`. One number costs about the same in each selection, and 1.0 is
                 exactly the dense model.
-            start_block: First block that evolves, at least 1. None for a third of the depth, rounded: 4 of 12 blocks.
-            stage_depth: Blocks per segment in stage-wise selection. None for half of the blocks that evolve, rounded
+            start_block: First block that evolves, at least 1. None for a third of the depth, rounded: 4 of 12 blocks;
+                in 'similarity' for 1.
+            stage_depth: Blocks per segment, for selection='stage'. None for half of the blocks that evolve, rounded
                 up: two segments of 4 for 12 blocks.
-            selection: 'stage', one selection per segment of `stage_depth` blocks, or 'layer', one per block.
-            tradeoff: Share alpha in [0, 1] of a block's class attention in the scores; one number for all evolved
-                blocks or one per block.
+            selection: 'similarity': tokens that are alike are averaged, for weights that were trained without token
+                evolution. Or as published, for weights that were trained with it: 'stage', one selection by class
+                attention per segment of `stage_depth` blocks, or 'layer', one per block.
+            tradeoff: Share alpha in [0, 1] of a block's class attention in the scores, for a published selection; one
+                number for all evolved blocks or one per block. None for 0.5.
             fast_update: Update placeholder tokens through the representative token. If False they are only
-                preserved, as in the authors' DeiT.
+                preserved, as in the authors' DeiT; for a published selection.
             class_head: Second head on the class token beside a patch-mean head (`global_pool='avg'`), as the authors
                 train. Logits are the mean of both heads, or the pair of them in distilled training.
-            layerwise_updates: Select in every block until this number of optimizer updates have been made, and once
-                per segment from then on, see `LayerToStage`.
+            layerwise_updates: For selection='stage': select in every block until this number of optimizer updates
+                have been made, and once per segment from then on, see `LayerToStage`.
 
         Raises:
             ValueError: An argument is outside what is allowed, or leaves no patch token to select.
@@ -106,16 +119,22 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
             start_block: int | None,
             stage_depth: int | None,
             selection: str,
-            tradeoff: float | Sequence[float],
+            tradeoff: float | Sequence[float] | None,
             fast_update: bool,
             layerwise_updates: int,
     ) -> None:
         check_flag('fast_update', fast_update)
         check_layerwise_updates(layerwise_updates, selection)
-        schedule = make_schedule(self._depth, keep_ratio, start_block, stage_depth, selection, tradeoff)
+        if selection == 'similarity':
+            check_similarity(
+                stage_depth=stage_depth, tradeoff=tradeoff, fast_update=None if fast_update else fast_update)
+            schedule = make_similarity_schedule(self._depth, keep_ratio, start_block)
+        else:
+            schedule = make_schedule(self._depth, keep_ratio, start_block, stage_depth, selection, tradeoff)
         schedule = cut_schedule(schedule, len(self.blocks))
         if self.patch_embed.num_patches is not None:  # known only with an image, if no size was given
             check_slow_tokens(schedule.keep_ratio, [self.patch_embed.num_patches] * len(schedule.keep_ratio))
+        self.averages = selection == 'similarity'
         self.fast_update = fast_update
         self.evolution = dict(
             keep_ratio=keep_ratio, start_block=start_block, stage_depth=stage_depth, selection=selection,
@@ -162,9 +181,16 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
         x = self.patch_drop(x)
         return self.norm_pre(x)
 
+    def _grid_width(self, images: Tensor) -> int | None:
+        """Width of the grid of patch tokens; None where some are dropped in training."""
+        if self.training and not isinstance(self.patch_drop, nn.Identity):
+            return None
+        return self.patch_embed.dynamic_feat_size((images.shape[2], images.shape[3]))[1]
+
     def _forward_blocks(
             self,
             x: Tensor,
+            grid_width: int | None,
             take_indices: list[int],
             stop: int | None = None,
             num_read: int | None = None,
@@ -173,6 +199,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
 
         Args:
             x: Sequence (B, P + N, C).
+            grid_width: Width of the grid of patch tokens, if they are a whole one.
             take_indices: Blocks whose outputs are wanted.
             stop: Number of blocks to run, all if None.
             num_read: Number of tokens that are wanted of the last block, the whole sequence if None.
@@ -181,6 +208,8 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
             Sequence after the last block, (B, P + N, C) or (B, num_read, C).
             Full sequence after each of the wanted blocks, (B, P + N, C) each.
         """
+        if self.averages:
+            return self._forward_averages(x, grid_width, take_indices, stop, num_read)
         if not torch.jit.is_scripting():
             self._follow_count()
         begins, keep_ratio, scored, tradeoff = self.schedule  # by position, because TorchScript forgets the names
@@ -219,6 +248,64 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
                 intermediates.append(evolution.follow(x, tokens, slow, representative))
 
         return evolution.follow(x, tokens, slow, representative), intermediates
+
+    def _forward_averages(
+            self,
+            x: Tensor,
+            grid_width: int | None,
+            take_indices: list[int],
+            stop: int | None,
+            num_read: int | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the blocks with selection by similarity, see `_forward_blocks`."""
+        begins, keep_ratio, _, _ = self.schedule
+        intermediates: list[Tensor] = []
+        num_patches = x.shape[1] - self.num_prefix_tokens
+        size: Tensor | None = None  # how many tokens each one counts
+        attn_mask: Tensor | None = None
+        handed_over: list[tuple[Tensor, Tensor, Tensor]] = []  # tokens before, right after, and who follows whom
+
+        if torch.jit.is_scripting() or stop is None:  # TorchScript can't slice blocks
+            blocks = self.blocks
+        else:
+            blocks = self.blocks[:stop]
+        for i, block in enumerate(blocks):
+            if begins[i]:
+                goes, into = similarity.match_tokens(
+                    self._likeness_features(x), size, keep_ratio[i], num_patches, self.num_prefix_tokens,
+                    grid_width if size is None else None)
+                left, follows = similarity.places_after(goes, into, x.shape[1])
+                averages, size = similarity.average_tokens(x, size, goes, left, follows)
+                attn_mask = similarity.size_mask(size, x.dtype)
+                if num_read is None:
+                    handed_over.append((x, averages, follows))
+                x = averages
+
+            if torch.jit.is_scripting():
+                x = block(x, attn_mask=attn_mask)
+            elif num_read is not None and i == len(self.blocks) - 1:
+                return short_block.forward_first(block, x, num_read, attn_mask), intermediates
+            elif attn_mask is None:  # as timm calls it, for blocks of a user that know nothing of masks
+                x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            else:
+                x = checkpoint(block, x, attn_mask) if self.grad_checkpointing else block(x, attn_mask=attn_mask)
+            if i in take_indices:
+                intermediates.append(self._give_back(x, handed_over))
+
+        return self._give_back(x, handed_over), intermediates
+
+    def _likeness_features(self, x: Tensor) -> Tensor:
+        """What tells which tokens are alike: the tokens as the head would see them, (B, L, C)."""
+        with torch.no_grad():  # positions come of it, which have no gradient
+            # not by a call, which hooks on the norm would take for that of the final tokens
+            return self.fc_norm.forward(self.norm.forward(x))
+
+    def _give_back(self, x: Tensor, handed_over: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        """All tokens (B, P + N, C), from those that are left (B, L, C) back through every time that some went."""
+        for i in range(len(handed_over)):
+            before, averages, follows = handed_over[len(handed_over) - 1 - i]
+            x = similarity.follow_averages(before, averages, x, follows)
+        return x
 
     @torch.jit.ignore
     def _call_and_score(
@@ -280,7 +367,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
         if not torch.jit.is_scripting():  # TorchScript can't pass modules on, and symbolic tracing names every node
             num_read = self._num_read()
             if num_read is not None and not isinstance(x, torch.fx.Proxy) and short_block.can_be_short(self):
-                x, _ = self._forward_blocks(self._embed(x), [], num_read=num_read)
+                x, _ = self._forward_blocks(self._embed(x), self._grid_width(x), [], num_read=num_read)
                 return self.forward_head(self.norm(x))
         return self.forward_head(self.forward_features(x))
 
@@ -299,18 +386,19 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
             ValueError: A mask is given.
         """
         _refuse_mask(attn_mask, is_causal)
+        grid_width = self._grid_width(x)
         x = self._embed(x)
         if not torch.jit.is_scripting():
             if short_block.has_hooks(self.blocks):
-                return self.norm(self._call_blocks(x))
-        x, _ = self._forward_blocks(x, [])
+                return self.norm(self._call_blocks(x, grid_width))
+        x, _ = self._forward_blocks(x, grid_width, [])
         return self.norm(x)
 
     @torch.jit.ignore
-    def _call_blocks(self, x: Tensor) -> Tensor:
+    def _call_blocks(self, x: Tensor, grid_width: int | None) -> Tensor:
         """Run the blocks as the one module that they are in timm's model, for the hooks on it."""
         blocks = copy.copy(self.blocks)
-        blocks.forward = lambda x: self._forward_blocks(x, [])[0]
+        blocks.forward = lambda x: self._forward_blocks(x, grid_width, [])[0]
         return blocks(x)
 
     def forward_intermediates(
@@ -355,7 +443,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
         batch_size, _, height, width = x.shape
 
         x, intermediates = self._forward_blocks(
-            self._embed(x), take_indices, stop=max_index + 1 if stop_early else None)
+            self._embed(x), self._grid_width(x), take_indices, stop=max_index + 1 if stop_early else None)
         if norm:
             intermediates = [self.norm(y) for y in intermediates]
         prefix_tokens = [y[:, :self.num_prefix_tokens] for y in intermediates]

@@ -1,0 +1,86 @@
+"""Selection by similarity once more, written to be obvious: one image at a time, lists of groups of patches."""
+import torch
+from slow_evolution import run_block
+from torch import Tensor
+
+
+def average_slowly(model, images: Tensor, shares: list[float]) -> list[Tensor]:
+    """Run the blocks of a timm ViT, whose patch tokens are averaged into others where the share falls.
+
+    Args:
+        model: The ViT whose embedding, blocks and norm are used.
+        images: Images (B, C, H, W).
+        shares: Share of the patch tokens that goes through each block.
+
+    Returns:
+        Full sequences (B, P + N, C) after each block.
+    """
+    sequences = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    width = model.patch_embed.dynamic_feat_size(images.shape[2:])[1]
+    per_image = [_average_image(model, x, shares, width) for x in sequences]
+    return [torch.stack(outputs) for outputs in zip(*per_image, strict=True)]
+
+
+class Group:
+    """Patches that go through the blocks as one token."""
+
+    def __init__(self, place: int, token: Tensor) -> None:
+        self.places = [place]  # the first is that of the group
+        self.token = token
+        self.size = torch.ones((), dtype=token.dtype)
+
+
+def _average_image(model, x: Tensor, shares: list[float], width: int) -> list[Tensor]:
+    num_prefix = model.num_prefix_tokens
+    prefix, patches = list(x[:num_prefix]), list(x[num_prefix:])
+    groups = [Group(place, token) for place, token in enumerate(patches)]
+    outputs = []
+    for i, block in enumerate(model.blocks):
+        num_left = int(shares[i] * len(patches))
+        if num_left < len(groups):
+            groups = _hand_over(model, groups, num_left, width, is_grid=len(groups) == len(patches))
+
+        log_size = torch.stack([torch.zeros((), dtype=x.dtype)] * num_prefix + [group.size.log() for group in groups])
+        tokens = torch.stack(prefix + [group.token for group in groups])
+        tokens, _ = run_block(model, block, tokens, len(groups), log_size.detach())
+
+        prefix = list(tokens[:num_prefix])
+        for group, token in zip(groups, tokens[num_prefix:], strict=True):
+            for place in group.places:
+                patches[place] = patches[place] + (token - group.token)
+            group.token = token
+        outputs.append(torch.stack(prefix + patches))
+    return outputs
+
+
+def _hand_over(model, groups: list[Group], num_left: int, width: int, is_grid: bool) -> list[Group]:
+    """Average groups into others until some number is left."""
+    ranks = [sum(divmod(group.places[0], width)) if is_grid else i for i, group in enumerate(groups)]
+    sources = [group for group, rank in zip(groups, ranks, strict=True) if rank % 2 == 0]
+    targets = [group for group, rank in zip(groups, ranks, strict=True) if rank % 2 == 1]
+
+    losses = {}
+    for source in sources:
+        loss_of = {target: _loss(model, source, target) for target in targets}
+        nearest = min(targets, key=loss_of.get)
+        losses[source] = (loss_of[nearest], nearest)
+    going = sorted(sources, key=lambda source: losses[source][0])[:len(groups) - num_left]
+
+    for target in targets:
+        members = [target] + [source for source in going if losses[source][1] is target]
+        if len(members) == 1:
+            continue
+        total = sum(member.size for member in members)
+        mean = sum(member.size * member.token for member in members) / total
+        length = sum(member.size * member.token.norm() for member in members) / total
+        target.places = [place for member in members for place in member.places]
+        target.size = (total * mean.norm() / length).detach()
+        target.token = mean * length / mean.norm()
+    return [group for group in groups if group not in going]
+
+
+def _loss(model, a: Group, b: Group) -> float:
+    """What an average would lose of both."""
+    features = [model.fc_norm(model.norm(group.token)) for group in (a, b)]
+    cosine = features[0] @ features[1] / (features[0].norm() * features[1].norm())
+    return ((1 - cosine) * a.size * b.size / (a.size + b.size)).item()

@@ -1,0 +1,178 @@
+""" Selection by similarity on tensors
+
+For weights that were trained without token evolution. Before some blocks, the patch tokens that another one can stand
+for best are averaged into it, and follow it from then on: each is what it was then, moved by what its average was moved
+by since, the one rule of `evolution.follow`. To average tokens that are alike is the idea of `Token Merging: Your ViT
+But Faster` - https://arxiv.org/abs/2210.09461; that they follow, so that the grid stays whole, is that of Evo-ViT.
+Nothing here knows a model.
+
+Each step is one node to symbolic tracing, as in `evolution`.
+
+Shapes: B images, P prefix tokens, L tokens present, the prefix first and the patches in grid order, R of them that go
+into others, C channels. Positions count from the first prefix token.
+"""
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor
+
+from .evolution import rows
+
+
+def _places(num_patches: int, width: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every second patch token, and those between; as on a checkerboard, if they are a grid of this width."""
+    even = torch.arange(0, num_patches, 2, device=device)
+    if width is None:
+        return even, even[:num_patches // 2] + 1
+    # a row of even width begins as the one before it, unless shifted; no branch, because an export may leave it open
+    shift = even // width % 2 * (1 - width % 2)
+    return even + shift, (even + 1 - shift)[:num_patches // 2]
+
+
+@torch.fx.wrap
+def match_tokens(
+        features: Tensor,
+        size: Tensor | None,
+        share: float,
+        num_patches: int,
+        num_prefix_tokens: int,
+        width: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Choose the patch tokens that go, and for each the one that it goes into.
+
+    Every second token may go, into one of those between (ToMe, section "Bipartite soft matching"). What an average
+    loses of both is a b / (a + b) |x_a - x_b|^2 for sizes a and b (Ward, 1963); least is lost first.
+
+    Args:
+        features: What tells who is alike (B, L, C); only its direction counts.
+        size: How many tokens each one counts (B, L); None for one each.
+        share: Share of the patch tokens of the image that are left.
+        num_patches: Number of patch tokens of the image N.
+        num_prefix_tokens: Number of prefix tokens P, which stay.
+        width: Width of the grid, if the patch tokens are a whole one.
+
+    Returns:
+        Positions of the tokens that go (B, R), R such that int(share * N) patch tokens are left.
+        Positions of those that they go into (B, R).
+
+    Raises:
+        ValueError: No patch token would be left.
+    """
+    num_present = features.shape[1] - num_prefix_tokens
+    if torch.jit.is_scripting():
+        num_left = int(share * num_patches)
+    else:
+        num_left = torch.sym_int(share * num_patches)  # stays a symbol where an export leaves the image size open
+    if num_left < 1:
+        raise ValueError(
+            f'keep_ratio leaves none of {num_patches} patch tokens, use a larger keep_ratio or a larger image.')
+    source, target = _places(num_present, width, features.device)
+    source, target = source + num_prefix_tokens, target + num_prefix_tokens
+
+    features = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=2)
+    likeness = features.index_select(1, source).bmm(features.index_select(1, target).transpose(1, 2))
+    loss = 1 - likeness.to(features.dtype)
+    if size is not None:
+        inverse = size.reciprocal()
+        loss = loss / (inverse.index_select(1, source).unsqueeze(2) + inverse.index_select(1, target).unsqueeze(1))
+    least, nearest = loss.min(dim=2)
+    goes = least.topk(num_present - num_left, dim=1, largest=False, sorted=False)[1]
+    return source[goes], target[nearest.gather(1, goes)]
+
+
+@torch.fx.wrap
+def places_after(goes: Tensor, into: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Where tokens are once some have gone into others.
+
+    Args:
+        goes: Positions of the tokens that go (B, R).
+        into: Positions of those that they go into (B, R).
+        num_tokens: Number of tokens so far L.
+
+    Returns:
+        Positions so far of the tokens that are left, in order (B, L - R).
+        For each token so far, the position of the one that it follows among those (B, L).
+    """
+    stays = torch.ones(goes.shape[0], num_tokens, dtype=torch.int64, device=goes.device).scatter(1, goes, 0)
+    place = stays.cumsum(dim=1) - 1
+    # tokens that go would write where another one is, so they write to one place more, which is cut off
+    num_left = num_tokens - goes.shape[1]
+    order = torch.arange(num_tokens, device=goes.device).expand(goes.shape[0], num_tokens)
+    left = torch.zeros(goes.shape[0], num_left + 1, dtype=torch.int64, device=goes.device)
+    left = left.scatter(1, place.scatter(1, goes, num_left), order)[:, :num_left]
+    return left, place.scatter(1, goes, place.gather(1, into))
+
+
+def _gather(x: Tensor, positions: Tensor) -> Tensor:
+    """Tokens (B, L, C) at positions (B, K): (B, K, C)."""
+    gathered = x.flatten(0, 1).index_select(0, rows(positions, x.shape[1]))
+    return gathered.view(positions.shape[0], positions.shape[1], x.shape[2])
+
+
+@torch.fx.wrap
+def average_tokens(
+        x: Tensor,
+        size: Tensor | None,
+        goes: Tensor,
+        left: Tensor,
+        follows: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Average tokens into those that stay.
+
+    An average of directions is shorter than what it is of, which a network has never seen, so it is brought to their
+    mean length. It counts as many tokens as make it their sum: less than their number, the less they are alike.
+
+    Args:
+        x: Tokens present (B, L, C).
+        size: How many tokens each one counts (B, L); None for one each.
+        goes: Positions of the tokens that go (B, R).
+        left: Positions of those that stay (B, L - R).
+        follows: For each token, the position among those that stay of the one that it follows (B, L).
+
+    Returns:
+        Tokens (B, L - R, C).
+        Their sizes (B, L - R), in float32 or wider, without a gradient, as counts have none.
+    """
+    length = torch.linalg.vector_norm(x, dim=2, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if size is None:
+        size = torch.ones_like(length).detach()
+    size_left, size_gone = size.gather(1, left), size.gather(1, goes)
+    weight = size.new_zeros(left.shape[0], left.shape[1], goes.shape[1])
+    weight = weight.scatter(1, follows.gather(1, goes).unsqueeze(1), size_gone.unsqueeze(1))
+    total = size_left + weight.sum(dim=2)
+    weight, own = weight / total.unsqueeze(2), size_left / total  # shares, because sums overflow in half precision
+
+    mean = _gather(x, left) * own.to(x.dtype).unsqueeze(2)
+    mean = mean.baddbmm(weight.to(x.dtype), _gather(x, goes))
+    mean_length = length.gather(1, left) * own + (weight * length.gather(1, goes).unsqueeze(1)).sum(dim=2)
+    length = torch.linalg.vector_norm(mean, dim=2, dtype=mean_length.dtype)
+    kept = (length / mean_length.clamp(min=1e-12)).clamp(min=0.01)  # opposite tokens, or all zero, are left as they are
+    return mean * kept.reciprocal().to(x.dtype).unsqueeze(2), total * kept.detach()
+
+
+@torch.fx.wrap
+def size_mask(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What attention adds to its logits so that a token is looked at like as many as it counts (B, 1, 1, L).
+
+    ToMe, section "Tracking token size".
+    """
+    return None if size is None else size.log().to(dtype).unsqueeze(1).unsqueeze(1)
+
+
+@torch.fx.wrap
+def follow_averages(x: Tensor, averages: Tensor, tokens: Tensor, follows: Tensor) -> Tensor:
+    """Give the tokens back that went into averages.
+
+    As `evolution.follow`: a token is what it was, moved by what the one that it follows was moved by since.
+
+    Args:
+        x: Tokens before some went into others (B, L, C).
+        averages: Tokens right after that (B, K, C).
+        tokens: Tokens now (B, K, C).
+        follows: Position of the one that each follows (B, L).
+
+    Returns:
+        Tokens now, all of them (B, L, C).
+    """
+    return x + _gather(tokens - averages, follows)
