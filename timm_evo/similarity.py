@@ -46,11 +46,11 @@ def match_tokens(
 
     Args:
         features: What tells who is alike (B, L, C); only its direction counts.
-        size: How many tokens each one counts (B, L); None for one each.
+        size: How many tokens each one counts (B, L); None for one each, as in a whole grid.
         share: Share of the patch tokens of the image that are left.
         num_patches: Number of patch tokens of the image N.
         num_prefix_tokens: Number of prefix tokens P, which stay.
-        width: Width of the grid, if the patch tokens are a whole one.
+        width: Width of the grid, if the patch tokens are a whole one: then as on a checkerboard.
 
     Returns:
         Positions of the tokens that go (B, R), R such that int(share * N) patch tokens are left.
@@ -67,18 +67,21 @@ def match_tokens(
     if num_left < 1:
         raise ValueError(
             f'keep_ratio leaves none of {num_patches} patch tokens, use a larger keep_ratio or a larger image.')
+    features = features if features.dtype == torch.float64 else features.float()
+    features = F.normalize(features[:, num_prefix_tokens:], dim=2)
     source, target = _places(num_present, width, features.device)
-    source, target = source + num_prefix_tokens, target + num_prefix_tokens
-
-    features = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=2)
-    likeness = features.index_select(1, source).bmm(features.index_select(1, target).transpose(1, 2))
-    loss = 1 - likeness.to(features.dtype)
+    if width is None:  # slices, which copy nothing
+        sources, targets = features[:, ::2], features[:, 1::2]
+    else:
+        sources, targets = features.index_select(1, source), features.index_select(1, target)
+    likeness = sources.bmm(targets.transpose(1, 2))
+    loss = 1 - likeness.to(features.dtype)  # autocast may have changed it
     if size is not None:
-        inverse = size.reciprocal()
-        loss = loss / (inverse.index_select(1, source).unsqueeze(2) + inverse.index_select(1, target).unsqueeze(1))
+        inverse = size[:, num_prefix_tokens:].reciprocal()
+        loss = loss / (inverse[:, ::2].unsqueeze(2) + inverse[:, 1::2].unsqueeze(1))
     least, nearest = loss.min(dim=2)
     goes = least.topk(num_present - num_left, dim=1, largest=False, sorted=False)[1]
-    return source[goes], target[nearest.gather(1, goes)]
+    return source[goes] + num_prefix_tokens, target[nearest.gather(1, goes)] + num_prefix_tokens
 
 
 @torch.fx.wrap
