@@ -53,6 +53,23 @@ class Variant:
     build: Callable[[], nn.Module] | None = None
 
 
+class Through(nn.Module):
+    """A model that is run by another one of its methods than `forward`.
+
+    Args:
+        model: The model.
+        run: What to do with it and images.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.run = run
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.run(self.model, images)
+
+
 def with_twins(
         names: list[str],
         img_size: int | None = None,

@@ -6,22 +6,20 @@
 An option is a clone of the repository: https://github.com/facebookresearch/ToMe, https://github.com/youweiliang/evit,
 https://github.com/raoyongming/DynamicViT and https://github.com/YifanXu74/Evo-ViT. Those that are not given are left
 out. All are DeiT, each method at a setting with about the multiply-adds of the published Evo-ViT; its numbers of tokens
-grow with the image.
+grow with the image. Ours is the published selection, once more with a last block that computes all tokens, as the other
+methods' last block does, and selection by similarity.
 Weights are random: this measures speed, not accuracy.
 """
 import argparse
-import importlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from unittest.mock import MagicMock, patch
 
 import timm
 import torch
 from _arguments import add_device, positive_int
-from _measuring import DTYPES, Variant, measure, summarise, with_twins
+from _measuring import DTYPES, Through, Variant, measure, summarise
+from _other_methods import clone, import_from, load_evit, load_tome
 from _results import add_results, markdown_table, write_results
 from matplotlib.figure import Figure
 from torch import nn
@@ -29,36 +27,29 @@ from torch import nn
 SIZES = {'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}  # width and heads of DeiT
 PATCH_SIZE = 16
 PUBLISHED_SIZE = 224
-PRUNED_BLOCKS = (3, 6, 9)  # where EViT and DynamicViT drop tokens
-# What the modules import for other ends than their models, and what is not there any more.
-NOT_NEEDED = ('torchprofile', 'tensorboardX', 'torch._six')
+PRUNED_BLOCKS = (3, 6, 9)  # where DynamicViT drops tokens, and EViT, too
 
 Build = Callable[[str, int], nn.Module]  # of a size, for images of a size
 
 
-def load_tome(folder: Path) -> Build:
-    tome = import_from(folder, 'tome.patch.timm')
+def create_deit(size: str, img_size: int) -> nn.Module:
+    return timm.create_model(f'deit_{size}_patch16_224', img_size=img_size)
+
+
+def build_tome(folder: Path) -> Build:
+    with_tome = load_tome(folder)
 
     def build(size: str, img_size: int) -> nn.Module:
-        model = timm.create_model(f'deit_{size}_patch16_224', img_size=img_size)
-        tome.apply_patch(model)
-        model.r = round(11 * (img_size / PUBLISHED_SIZE) ** 2)
-        return model
+        return with_tome(create_deit(size, img_size), round(11 * (img_size / PUBLISHED_SIZE) ** 2))
     return build
 
 
-def load_evit(folder: Path) -> Build:
-    evit = import_from(folder, 'evit')
-    keep_rate = tuple(0.7 if i in PRUNED_BLOCKS else 1 for i in range(12))
-
-    def build(size: str, img_size: int) -> nn.Module:
-        width, heads = SIZES[size]
-        return evit.EViT(
-            img_size=img_size, embed_dim=width, num_heads=heads, keep_rate=keep_rate, fuse_token=True)
-    return build
+def build_evit(folder: Path) -> Build:
+    with_evit = load_evit(folder)
+    return lambda size, img_size: with_evit(create_deit(size, img_size), 0.7)
 
 
-def load_dynamic_vit(folder: Path) -> Build:
+def build_dynamic_vit(folder: Path) -> Build:
     dyvit = import_from(folder, 'models.dyvit')
 
     def build(size: str, img_size: int) -> nn.Module:
@@ -69,58 +60,44 @@ def load_dynamic_vit(folder: Path) -> Build:
     return build
 
 
-def load_evo_vit(folder: Path) -> Build:
+def build_evo_vit(folder: Path) -> Build:
     evo_deit = import_from(folder, 'deit.evo_deit')
     return lambda size, img_size: getattr(evo_deit, f'evo_deit_{size}_patch16_224')(img_size=img_size)
 
 
 METHODS = {
-    'tome': ('ToMe', load_tome),
-    'evit': ('EViT, 0.7', load_evit),
-    'dynamic_vit': ('DynamicViT, 0.7', load_dynamic_vit),
-    'evo_vit': ("Evo-ViT, authors' code", load_evo_vit),
+    'tome': ('ToMe', build_tome),
+    'evit': ('EViT, 0.7', build_evit),
+    'dynamic_vit': ('DynamicViT, 0.7', build_dynamic_vit),
+    'evo_vit': ("Evo-ViT, authors' code", build_evo_vit),
 }
 OURS = 'timm-evo'
 
 
-@contextmanager
-def isolated_import(folder: Path) -> Iterator[None]:
-    """Import from a folder what shall not stay: neither its modules' plain names nor what they register in timm."""
-    before = set(sys.modules)
-    absent = {name: MagicMock() for name in NOT_NEEDED}
-    sys.path.insert(0, str(folder))
-    try:
-        with patch.dict(sys.modules, absent), patch('timm.models.registry.register_model', lambda function: function):
-            yield
-    finally:
-        sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], '__file__', None)
-            if file is not None and Path(file).is_relative_to(folder):
-                del sys.modules[name]
-
-
-def import_from(folder: Path, name: str):
-    """A module of a clone."""
-    with isolated_import(folder):
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:
-            raise SystemExit(f'{folder} has no module {name} that can be imported: {error}') from error
+def build_whole(size: str, img_size: int) -> nn.Module:
+    """The published evolution with a last block that computes all tokens, as the other methods' does."""
+    model = timm.create_model(f'evo_deit_{size}_patch16_224', img_size=img_size, selection='stage')
+    return Through(model, lambda model, images: model.forward_head(model.forward_features(images)))
 
 
 def find_variants(size: str, img_size: int, builds: dict[str, Build]) -> list[Variant]:
-    """The dense model, the evolved one, and those of other methods."""
-    name = f'deit_{size}_patch16_224'
+    """The dense model, the evolved ones, and those of other methods."""
+    dense = f'deit_{size}_patch16_224'
+    shared = {'img_size': img_size}
+    evolved = [
+        Variant(f'{OURS}, {size}', f'evo_{dense}', {**shared, 'selection': 'stage'}, dense),
+        Variant(f'{OURS}, whole last block, {size}', dense, shared, dense, partial(build_whole, size, img_size)),
+        Variant(f'{OURS}, similarity, {size}', f'evo_{dense}', {**shared, 'selection': 'similarity'}, dense),
+    ]
     others = [
-        Variant(f'{label}, {size}', name, {'img_size': img_size}, name, partial(build, size, img_size))
+        Variant(f'{label}, {size}', dense, shared, dense, partial(build, size, img_size))
         for label, build in builds.items()
     ]
-    return with_twins([f'evo_{name}'], img_size) + others
+    return [Variant(dense, dense, shared, dense), *evolved, *others]
 
 
 def method_of(variant: Variant) -> str:
-    return OURS if variant.build is None else variant.label.rpartition(', ')[0]
+    return variant.label.rpartition(', ')[0]
 
 
 def format_table(summary: dict[str, dict]) -> str:
@@ -154,7 +131,8 @@ def draw(variants: list[Variant], summary: dict[str, dict], title: str) -> Figur
         row = summary[variant.label]
         shares.append(1 / row['flop_ratio_to_dense'])
         i, j = methods.index(method_of(variant)), names.index(variant.dense)
-        axis.plot(shares[-1], row['ratio_to_dense'], 'os^'[j], color=f'C{i}', markersize=9 if i == 0 else 7)
+        size = 9 if methods[i].startswith(OURS) else 7
+        axis.plot(shares[-1], row['ratio_to_dense'], 'os^'[j], color=f'C{i}', markersize=size)
     for i, method in enumerate(methods):
         axis.plot([], [], 'o', color=f'C{i}', label=method)
     for j, name in enumerate(names):
@@ -164,13 +142,6 @@ def draw(variants: list[Variant], summary: dict[str, dict], title: str) -> Figur
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
-
-
-def clone(text: str) -> Path:
-    path = Path(text).resolve()
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f'{text!r} is not a folder')
-    return path
 
 
 def parse_args() -> argparse.Namespace:
@@ -207,9 +178,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     builds = {}
-    for option, (label, load) in METHODS.items():
+    for option, (label, build) in METHODS.items():
         if (folder := getattr(args, option)) is not None:
-            builds[label] = load(folder)
+            builds[label] = build(folder)
     variants, results = [], {}
     for size in args.sizes:  # in turn, so that a method's neighbours are models of its size
         own = find_variants(size, args.img_size, builds)
