@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from unittest.mock import MagicMock, patch
 
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+import torch
+from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
 from torch import nn
 
 # What the modules import for other ends than their models, and what is not there any more.
@@ -124,3 +125,19 @@ def load_evit(folder: Path) -> WithEvit:
             raise ValueError(f'its parameters are others ({error})') from error
         return reduced.train(model.training)
     return with_evit
+
+
+@torch.no_grad()
+def fold_layer_scale(model: VisionTransformer) -> VisionTransformer:
+    """Multiply what LayerScale multiplies into the linear layers before it, in place; the model computes the same."""
+    for block in model.blocks:
+        if type(block) is not Block or not hasattr(block.mlp, 'fc2'):
+            continue
+        for name, linear in (('ls1', block.attn.proj), ('ls2', block.mlp.fc2)):
+            scale = getattr(block, name)
+            if isinstance(scale, LayerScale):
+                linear.weight.mul_(scale.gamma.unsqueeze(1))
+                if linear.bias is not None:
+                    linear.bias.mul_(scale.gamma)
+                setattr(block, name, nn.Identity())
+    return model

@@ -46,7 +46,20 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
-def write_results(prefix: Path, title: str, table: str, record: dict, figure: Figure) -> str:
+def write_json(prefix: Path, record: dict) -> None:
+    """Write PREFIX.json as a whole."""
+    with replacing(prefix.with_name(prefix.name + '.json')) as part:
+        part.write_text(json.dumps(record, indent=2) + '\n')
+
+
+def write_results(
+        prefix: Path,
+        title: str,
+        table: str,
+        record: dict,
+        figure: Figure,
+        environment: dict | None = None,
+) -> str:
     """Write JSON, table and plot, each as a whole; returns the table with its title and what it was measured with.
 
     Args:
@@ -56,19 +69,18 @@ def write_results(prefix: Path, title: str, table: str, record: dict, figure: Fi
         record: What goes to JSON beside the environment; its `settings` have `device`, `dtype`, maybe `autocast`,
             `batch_size` (one or several) and `rounds`.
         figure: The plot.
+        environment: What it was measured with, as `describe_environment` gives it; as it is now if None.
     """
     settings = record['settings']
-    environment = describe_environment(torch.device(settings['device']))
+    environment = environment or describe_environment(torch.device(settings['device']))
     dtype = f'autocast to {settings["autocast"]}' if settings.get('autocast') else settings['dtype']
     batch_sizes = settings['batch_size'] if isinstance(settings['batch_size'], list) else [settings['batch_size']]
     speed = f'speed: {dtype}, batch {" and ".join(map(str, batch_sizes))}, median of {settings["rounds"]} rounds'
     text = f'{title}\n\n{table}\n{summarise_environment(environment)}; {speed}.\n'
-    json_file, table_file, plot_file = (prefix.with_name(prefix.name + suffix) for suffix in SUFFIXES)
-    with replacing(json_file) as part:
-        part.write_text(json.dumps({**environment, **record}, indent=2) + '\n')
-    with replacing(table_file) as part:
+    write_json(prefix, {**environment, **record})
+    with replacing(prefix.with_name(prefix.name + '.md')) as part:
         part.write_text(text)
-    with replacing(plot_file) as part:
+    with replacing(prefix.with_name(prefix.name + '.png')) as part:
         figure.savefig(part, dpi=120)
     return text
 

