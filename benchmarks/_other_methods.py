@@ -122,7 +122,7 @@ def load_evit(folder: Path) -> WithEvit:
         try:
             reduced.load_state_dict(model.state_dict(keep_vars=True), assign=True)
         except RuntimeError as error:
-            raise ValueError(f'its parameters are others ({error})') from error
+            raise ValueError(f'its parameters are others. {" ".join(str(error).split())}') from error
         return reduced.train(model.training)
     return with_evit
 

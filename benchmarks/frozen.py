@@ -172,6 +172,8 @@ def prepare_features(args: argparse.Namespace) -> Work:
 
 def read_training_args(checkpoint: Path) -> dict:
     """The options that train.py has stored in a checkpoint."""
+    if checkpoint.suffix == '.safetensors':  # weights alone
+        return {}
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(checkpoint, map_location='cpu', weights_only=True, mmap=True)
     return vars(content['args']) if 'args' in content else {}
