@@ -27,7 +27,7 @@ NAME = 'evo_deit_tiny_patch16_224'
     (dict(stage_depth=True), r'stage_depth=True .* at least 1'),
     (dict(fast_update='false'), r"fast_update='false' .* True or False"),
     (dict(class_head='true', global_pool='avg'), r"class_head='true' .* True or False"),
-    (dict(selection='token'), r"selection='token' .* 'stage' or 'layer'"),
+    (dict(selection='token'), r"selection='token' .* 'stage', 'layer' or 'similarity'"),
     (dict(tradeoff=1.1), r'tradeoff=1.1 .* \[0, 1\]'),
     (dict(tradeoff=-0.1), r'tradeoff=-0.1 .* \[0, 1\]'),
     (dict(tradeoff=[0.5] * 11), r'tradeoff=.* has 11 values, .* one per block, 12'),
@@ -38,7 +38,7 @@ def test_argument_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model(NAME, **arguments)
     with pytest.raises(ValueError, match=message):
-        EvoVisionTransformer(**arguments)
+        EvoVisionTransformer(**dict(selection='stage') | arguments)
 
 
 def test_class_head_of_a_distilled_model():
@@ -62,7 +62,7 @@ def test_distilled_training_without_a_second_head():
 
 
 def test_an_image_too_small_to_select_from():
-    model = timm.create_model('evo_test_vit', keep_ratio=0.1)
+    model = timm.create_model('evo_test_vit', selection='stage', keep_ratio=0.1)
     with pytest.raises(ValueError, match='keep_ratio=0.1 of 4 patch tokens leaves none'):
         model(torch.randn(1, 3, 32, 32))
     with pytest.raises(ValueError, match='keep_ratio=0.1 of 4 patch tokens leaves none'):
@@ -118,7 +118,7 @@ def test_an_image_too_small_is_found_where_no_size_was_given():
     dense = timm.models.VisionTransformer(
         img_size=None, pos_embed='none', no_embed_class=True, class_token=False, global_pool='avg',
         embed_dim=24, depth=4, num_heads=2)
-    model = evolve(dense, keep_ratio=0.2)
+    model = evolve(dense, selection='stage', keep_ratio=0.2)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
     model.set_input_size(patch_size=16)
     with pytest.raises(ValueError, match='keep_ratio=0.2 of 4 patch tokens leaves none'):

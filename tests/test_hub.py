@@ -662,8 +662,9 @@ def test_files_of_two_models_are_never_taken_for_one(small, tmp_path, monkeypatc
     dict(keep_ratio=np.array([0.5, 0.25], np.float32), tradeoff=(np.float64(0.5),) * 6, in_chans=np.int32(1)),
 ], ids=['numbers', 'sequences'])
 def test_numbers_of_numpy_are_saved_as_plain_ones(numbers, tmp_path):
-    model = timm.create_model('evo_test_vit', depth=np.int64(6), **numbers)
-    evolved_hub.save(model, tmp_path, model_args=dict(depth=np.int64(6), **numbers))
+    arguments = dict(depth=np.int64(6), selection='stage', **numbers)
+    model = timm.create_model('evo_test_vit', **arguments)
+    evolved_hub.save(model, tmp_path, model_args=arguments)
     config = json.loads((tmp_path / 'config.json').read_text())
     given = config['model_args']
     assert given['depth'] == 6 and given.keys() >= numbers.keys()

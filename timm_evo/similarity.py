@@ -66,7 +66,7 @@ def match_tokens(
         num_left = torch.sym_int(share * num_patches)  # stays a symbol where an export leaves the image size open
     if num_left < 1:
         raise ValueError(
-            f'keep_ratio leaves none of {num_patches} patch tokens, use a larger keep_ratio or a larger image.')
+            f'keep_ratio={share} of {num_patches} patch tokens leaves none, use a larger keep_ratio or a larger image.')
     features = features if features.dtype == torch.float64 else features.float()
     features = F.normalize(features[:, num_prefix_tokens:], dim=2)
     source, target = _places(num_present, width, features.device)
@@ -101,9 +101,10 @@ def places_after(goes: Tensor, into: Tensor, num_tokens: int) -> tuple[Tensor, T
     place = stays.cumsum(dim=1) - 1
     # tokens that go would write where another one is, so they write to one place more, which is cut off
     num_left = num_tokens - goes.shape[1]
+    one_more = (place[:, -1:] + 1).expand_as(goes)  # no number, which ONNX takes for a constant
     order = torch.arange(num_tokens, device=goes.device).expand(goes.shape[0], num_tokens)
     left = torch.zeros(goes.shape[0], num_left + 1, dtype=torch.int64, device=goes.device)
-    left = left.scatter(1, place.scatter(1, goes, num_left), order)[:, :num_left]
+    left = left.scatter(1, place.scatter(1, goes, one_more), order)[:, :num_left]
     return left, place.scatter(1, goes, place.gather(1, into))
 
 
