@@ -31,6 +31,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import timm
@@ -336,11 +337,19 @@ def build_whole(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def measure_speed(work: Work, settings: list[Setting], args: argparse.Namespace) -> dict[str, dict]:
-    """What `summarise` gives of all models, with that of their whole grids under `whole_grid`."""
+    """What `summarise` gives of all models, with that of their whole grids under `whole_grid`.
+
+    A round of so many models is long, so methods take turns in it, and the dense model stands in the middle: if the
+    machine gets slower or faster meanwhile, that hits no method more than another, and the ratios to dense least.
+    """
     architecture = work.dense.pretrained_cfg['architecture']
     kwargs = {'img_size': work.dense.patch_embed.img_size}
-    builds = {DENSE: (partial(share, work.dense), True)}
-    builds |= {setting.label: (setting.build, setting.has_grid) for setting in settings}
+    by_method: dict[str, list[Setting]] = {}
+    for setting in settings:
+        by_method.setdefault(setting.method, []).append(setting)
+    turns = [setting for turn in zip_longest(*by_method.values()) for setting in turn if setting is not None]
+    turns.insert(len(turns) // 2, Setting(DENSE, '', partial(share, work.dense), True))
+    builds = {DENSE if turn.method == DENSE else turn.label: (turn.build, turn.has_grid) for turn in turns}
     variants = []
     for label, (build, has_grid) in builds.items():
         variants.append(Variant(label, architecture, kwargs, DENSE, build))
