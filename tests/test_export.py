@@ -65,11 +65,11 @@ def run(file: Path, images: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize('exporter', ['traced', 'dynamo'])
 @pytest.mark.parametrize('name, settings', [
     ('evo_deit_tiny_patch16_224', SMALL),
-    ('evo_deit_tiny_patch16_224', SMALL | dict(qk_norm=True, selection='layer')),
+    pytest.param('evo_deit_tiny_patch16_224', SMALL | dict(qk_norm=True, selection='layer'), marks=pytest.mark.slow),
     ('evo_deit_tiny_patch16_224', SMALL | dict(global_pool='avg', class_head=True, fast_update=False)),
     ('evo_deit_tiny_distilled_patch16_224', SMALL | SIMILARITY),
     ('evo_levit_128s', dict(img_size=128, num_classes=7)),
-    ('evo_levit_cls_128s', dict(img_size=128, num_classes=7)),
+    pytest.param('evo_levit_cls_128s', dict(img_size=128, num_classes=7), marks=pytest.mark.slow),
 ])
 def test_onnx_gives_the_logits_at_any_batch_size(name, settings, exporter, tmp_path):
     model, images = create_model(name, settings), random_images(settings)
