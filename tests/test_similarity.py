@@ -1,4 +1,5 @@
 """Selection by similarity: what a model computes, against an obvious implementation, and what follows from it."""
+import copy
 import random
 
 import pytest
@@ -127,6 +128,21 @@ def test_equal_patches_are_averaged_without_loss():
     model.set_evolution(keep_ratio=1.0)
     for actual, dense in zip(averaged, (model(images), model.forward_features(images)), strict=True):
         torch.testing.assert_close(actual, dense, rtol=0, atol=1e-9)
+
+
+def test_a_norm_that_is_pruned_still_tells_who_is_alike():
+    whole = build(selection='similarity').eval()
+    images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    expected = whole.forward_intermediates(images, indices=[4], intermediates_only=True)
+    pruned = copy.deepcopy(whole)
+    pruned.prune_intermediate_layers([4], prune_norm=True)
+    names = [*pruned.state_dict(), *dict(pruned.named_parameters())]
+    assert not any('norm.' in name for name in names if 'blocks' not in name)
+    actual = pruned.forward_intermediates(images, indices=[4], intermediates_only=True)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    scripted = torch.jit.script(pruned)
+    torch.testing.assert_close(scripted(images), pruned(images), rtol=0, atol=1e-9)
+    assert not hasattr(timm_evo.restore(pruned), '_pruned_norm')
 
 
 @pytest.mark.parametrize('value', [0., -1.])

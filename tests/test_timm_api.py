@@ -180,23 +180,24 @@ def test_get_intermediate_layers(name):
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.parametrize('settings', [dict(), SIMILARITY])
 @pytest.mark.parametrize('out_indices', [(1, 3), (0,), (2, 5)])
-def test_features_only(name, out_indices):
-    backbone = create_features(name, out_indices)
+def test_features_only(name, out_indices, settings):
+    backbone = create_features(name, out_indices, **settings)
     features = backbone(images())
     assert [f.shape for f in features] == [(2, 32, 8, 8)] * len(out_indices)
     assert len(backbone.model.blocks) == out_indices[-1] + 1
 
-    whole = create(name)
+    whole = create(name, **settings)
     whole.load_state_dict(backbone.model.state_dict(), strict=False)
     expected = whole.forward_intermediates(images(), indices=out_indices, intermediates_only=True)
     for a, e in zip(features, expected, strict=True):
         torch.testing.assert_close(a, e)
 
 
-def create_features(name, out_indices):
+def create_features(name, out_indices, **kwargs):
     torch.manual_seed(0)
-    return timm.create_model(name, features_only=True, out_indices=out_indices, **SMALL).eval()
+    return timm.create_model(name, features_only=True, out_indices=out_indices, **SMALL | kwargs).eval()
 
 
 def test_pruned_layers_leave_no_scores_that_nothing_reads():

@@ -39,6 +39,16 @@ __all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'TokenEvolut
 exec("torch.fx.wrap('resample_abs_pos_embed')", VisionTransformer._pos_embed.__globals__)
 
 
+def _without_weights(module: nn.Module) -> nn.Module:
+    """A copy of a module that computes the same and trains, saves and loads nothing."""
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, weight.detach(), persistent=False)
+    return module
+
+
 def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     if isinstance(attn_mask, Tensor) or (isinstance(is_causal, bool) and is_causal):
         raise ValueError('Token evolution takes no attention mask, attn_mask must be None and is_causal False.')
@@ -170,7 +180,12 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
             prune_head: bool = True,
     ) -> list[int]:
         """Prune layers not required for specified intermediates, as timm's."""
+        norms = [norm for norm in (self.norm, self.fc_norm) if not isinstance(norm, nn.Identity)]
         take_indices = super().prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
+        pruned = [norm for norm in norms if norm not in (self.norm, self.fc_norm)]
+        if pruned:
+            self._pruned_norm = _without_weights(pruned[0])  # still tells which tokens are alike
+            self._added |= {'_pruned_norm'}
         self._cut_schedule(len(self.blocks))
         return take_indices
 
@@ -297,6 +312,8 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
     def _likeness_features(self, x: Tensor) -> Tensor:
         """What tells which tokens are alike: the tokens as the head would see them, (B, L, C)."""
         with torch.no_grad():  # positions come of it, which have no gradient
+            if hasattr(self, '_pruned_norm'):
+                return self._pruned_norm(x)
             # not by a call, which hooks on the norm would take for that of the final tokens
             return self.fc_norm.forward(self.norm.forward(x))
 
