@@ -40,7 +40,7 @@ MODELS = {
         'deit_tiny_patch16_224', dict(class_token=False, global_pool='avg'), dict(selection='layer')),
     'two heads': ('evo_deit_tiny_patch16_224', dict(global_pool='avg'), dict(selection='layer', class_head=True)),
     'distilled': ('evo_deit_tiny_distilled_patch16_224', {}, {}),
-    'similarity': ('deit_tiny_patch16_224', {}, dict(selection='similarity', stage_depth=None)),
+    'similarity': ('deit_tiny_patch16_224', {}, dict(selection='similarity', stage_depth=None, keep_ratio=0.5)),
 }
 
 # Model, how its activations are checkpointed, how its blocks are compiled, how its weights are sharded.
