@@ -48,7 +48,8 @@ def lengths(monkeypatch) -> list[int]:
 @pytest.mark.parametrize('selection', ['stage', 'layer', 'similarity'])
 @pytest.mark.parametrize('kind', SHORT)
 def test_logits_and_gradients_are_those_of_the_whole_block(kind, selection, training, lengths):
-    for seed, keep_ratio in enumerate((0.4, 0.7, 1.0)):
+    lowest = 0.4 if selection == 'similarity' else 0.3  # at most half of the tokens go at a time
+    for seed, keep_ratio in enumerate((lowest, 0.7, 1.0)):
         model = build(seed=seed, **KINDS[kind], selection=selection, keep_ratio=keep_ratio, start_block=2)
         model.train(training)
         short, long = model(images()), long_forward(model, images())

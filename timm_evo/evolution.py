@@ -136,6 +136,27 @@ def downsampled_class_attention(scores: Tensor, scores_left: Tensor, num_prefix_
     return scores_left * (total / scores_left[:, num_prefix_tokens:].sum(dim=1, keepdim=True))
 
 
+def count_slow(keep_ratio: float, num_patches: int) -> int:
+    """Number of patch tokens on the slow path.
+
+    Args:
+        keep_ratio: Share of the patch tokens.
+        num_patches: Number of patch tokens of the image N.
+
+    Raises:
+        ValueError: No patch token would be left on the slow path.
+    """
+    if torch.jit.is_scripting():
+        num_slow = int(keep_ratio * num_patches)
+    else:
+        num_slow = torch.sym_int(keep_ratio * num_patches)  # stays a symbol where an export leaves the image size open
+    if num_slow < 1:
+        raise ValueError(
+            f'keep_ratio={keep_ratio} of {num_patches} patch tokens leaves none on the slow path, '
+            'use a larger keep_ratio or a larger image.')
+    return num_slow
+
+
 @torch.fx.wrap
 def select_tokens(scores: Tensor, keep_ratio: float, num_prefix_tokens: int) -> Tensor:
     """Choose the informative tokens of each image, those with the highest scores.
@@ -153,15 +174,7 @@ def select_tokens(scores: Tensor, keep_ratio: float, num_prefix_tokens: int) -> 
     Raises:
         ValueError: No patch token would be left on the slow path.
     """
-    num_patches = scores.shape[1] - num_prefix_tokens
-    if torch.jit.is_scripting():
-        num_slow = int(keep_ratio * num_patches)
-    else:
-        num_slow = torch.sym_int(keep_ratio * num_patches)  # stays a symbol where an export leaves the image size open
-    if num_slow < 1:
-        raise ValueError(
-            f'keep_ratio={keep_ratio} of {num_patches} patch tokens leaves none on the slow path, '
-            'use a larger keep_ratio or a larger image.')
+    num_slow = count_slow(keep_ratio, scores.shape[1] - num_prefix_tokens)
     slow = scores[:, num_prefix_tokens:].topk(num_slow, dim=1, sorted=False)[1]  # their order has no meaning
     if num_prefix_tokens == 0:
         return slow

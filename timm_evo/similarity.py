@@ -17,7 +17,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
-from .evolution import rows
+from .evolution import count_slow, rows
 
 
 def _places(num_patches: int, width: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -60,13 +60,7 @@ def match_tokens(
         ValueError: No patch token would be left.
     """
     num_present = features.shape[1] - num_prefix_tokens
-    if torch.jit.is_scripting():
-        num_left = int(share * num_patches)
-    else:
-        num_left = torch.sym_int(share * num_patches)  # stays a symbol where an export leaves the image size open
-    if num_left < 1:
-        raise ValueError(
-            f'keep_ratio={share} of {num_patches} patch tokens leaves none, use a larger keep_ratio or a larger image.')
+    num_left = count_slow(share, num_patches)
     features = features if features.dtype == torch.float64 else features.float()
     features = F.normalize(features[:, num_prefix_tokens:], dim=2)
     source, target = _places(num_present, width, features.device)
