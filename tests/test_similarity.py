@@ -153,7 +153,7 @@ def test_tokens_that_are_zero_or_cancel_out_give_finite_numbers(value):
     left, follows = timm_evo.similarity.places_after(goes, into, 4)
     assert left.tolist() == [[1, 3]] and follows.tolist() == [[0, 0, 1, 1]]
     for tokens in (x, torch.zeros_like(x)):
-        averages, size = timm_evo.similarity.average_tokens(tokens, None, goes, left, follows)
+        averages, size = timm_evo.similarity.average_tokens(tokens, None, goes, into, left)
         assert averages.isfinite().all() and size.log().isfinite().all()
 
 

@@ -113,8 +113,8 @@ def average_tokens(
         x: Tensor,
         size: Tensor | None,
         goes: Tensor,
+        into: Tensor,
         left: Tensor,
-        follows: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Average tokens into those that stay.
 
@@ -125,28 +125,36 @@ def average_tokens(
         x: Tokens present (B, L, C).
         size: How many tokens each one counts (B, L); None for one each.
         goes: Positions of the tokens that go (B, R).
+        into: Positions of those that they go into (B, R).
         left: Positions of those that stay (B, L - R).
-        follows: For each token, the position among those that stay of the one that it follows (B, L).
 
     Returns:
         Tokens (B, L - R, C).
         Their sizes (B, L - R), in float32 or wider, without a gradient, as counts have none.
     """
-    length = torch.linalg.vector_norm(x, dim=2, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if size is None:
-        size = torch.ones_like(length).detach()
-    size_left, size_gone = size.gather(1, left), size.gather(1, goes)
-    weight = size.new_zeros(left.shape[0], left.shape[1], goes.shape[1])
-    weight = weight.scatter(1, follows.gather(1, goes).unsqueeze(1), size_gone.unsqueeze(1))
-    total = size_left + weight.sum(dim=2)
-    weight, own = weight / total.unsqueeze(2), size_left / total  # shares, because sums overflow in half precision
+        size = torch.ones(x.shape[0], x.shape[1], dtype=wide, device=x.device)
+    x_gone, x_into = _gather(x, goes), _gather(x, into)
+    length_gone = torch.linalg.vector_norm(x_gone, dim=2, dtype=wide)
+    length_into = torch.linalg.vector_norm(x_into, dim=2, dtype=wide)
 
-    mean = _gather(x, left) * own.to(x.dtype).unsqueeze(2)
-    mean = mean.baddbmm(weight.to(x.dtype), _gather(x, goes))
-    mean_length = length.gather(1, left) * own + (weight * length.gather(1, goes).unsqueeze(1)).sum(dim=2)
-    length = torch.linalg.vector_norm(mean, dim=2, dtype=mean_length.dtype)
+    # one average for each token that goes, of all that go into the same one, so those of one average come out equal
+    size_into = size.gather(1, into)
+    weight = (into.unsqueeze(2) == into.unsqueeze(1)) * size.gather(1, goes).unsqueeze(1)
+    total = size_into + weight.sum(dim=2)
+    weight, own = weight / total.unsqueeze(2), size_into / total  # shares, because sums overflow in half precision
+    mean = x_into * own.to(x.dtype).unsqueeze(2) + weight.to(x.dtype).bmm(x_gone)
+    mean_length = length_into * own + (weight * length_gone.unsqueeze(1)).sum(dim=2)
+    length = torch.linalg.vector_norm(mean, dim=2, dtype=wide)
     kept = (length / mean_length.clamp(min=1e-12)).clamp(min=0.01)  # opposite tokens, or all zero, are left as they are
-    return mean * kept.reciprocal().to(x.dtype).unsqueeze(2), total * kept.detach()
+    mean = mean * kept.reciprocal().to(x.dtype).unsqueeze(2)
+
+    # they stand behind all tokens, and are taken from there in the place of what they are averages of
+    position = torch.arange(x.shape[1] + goes.shape[1], device=x.device).expand(x.shape[0], -1)
+    taken = position[:, :x.shape[1]].scatter(1, into, position[:, x.shape[1]:]).gather(1, left)
+    averages = _gather(torch.cat([x, mean.to(x.dtype)], dim=1), taken)
+    return averages, torch.cat([size, total * kept.detach()], dim=1).gather(1, taken)
 
 
 @torch.fx.wrap

@@ -290,7 +290,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
                     self._likeness_features(x), size, keep_ratio[i], num_patches, self.num_prefix_tokens,
                     grid_width if size is None else None)
                 left, follows = similarity.places_after(goes, into, x.shape[1])
-                averages, size = similarity.average_tokens(x, size, goes, left, follows)
+                averages, size = similarity.average_tokens(x, size, goes, into, left)
                 attn_mask = similarity.size_mask(size, x.dtype)
                 if num_read is None:
                     handed_over.append((x, averages, follows))
