@@ -1,0 +1,177 @@
+""" Speed of the selections beside each other and the dense model: in PyTorch, and as exported files
+
+    python benchmarks/selections.py --results benchmarks/results/selections_cpu
+
+In PyTorch as `throughput.py` measures. Files are ONNX, as `torch.onnx.export` writes them, run by onnxruntime and by
+OpenVINO on the CPU, batch by batch in turn. Results are written after each setting, so the same command goes on where
+it was interrupted.
+"""
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+import timm
+import torch
+from _arguments import positive_int
+from _environment import describe_environment, summarise_environment
+from _measuring import LATENCY_ROUNDS, NUM_WARMUP, Variant, measure
+from _report import write_report
+from _results import add_results, markdown_table
+from torch import Tensor
+from tqdm import tqdm
+
+THREADS = 2
+SELECTIONS = ('stage', 'similarity')
+SMALL, BASE = 'deit_small_patch16_224', 'deit_base_patch16_224'
+RUNTIMES = ('onnxruntime', 'OpenVINO')
+# model, (pixels, batch size), and what runs it
+SETTINGS = [
+    *product((SMALL, BASE), ((224, 16), (384, 4)), ('eager', 'compiled')),
+    *product((SMALL, BASE), ((224, 1),), ('eager',)),
+    *product((SMALL,), ((224, 16), (224, 1)), RUNTIMES),
+]
+TITLE = "Dense, selection='stage' (published) and selection='similarity', keep ratio 0.5"
+
+
+def make_variants(model: str, img_size: int) -> list[Variant]:
+    size = {'img_size': img_size}
+    evolved = [Variant(selection, f'evo_{model}', size | {'selection': selection}, 'dense') for selection in SELECTIONS]
+    return [Variant('dense', model, size, 'dense'), *evolved]
+
+
+def time_in_torch(model: str, img_size: int, batch_size: int, compiled: bool, rounds: int) -> dict[str, list[float]]:
+    """Seconds per batch in each round."""
+    results = measure(
+        make_variants(model, img_size), rounds=rounds, device=torch.device('cpu'), dtype=torch.float32,
+        batch_size=batch_size, compile_mode='default' if compiled else None)
+    return {label: result['seconds'] for label, result in results.items()}
+
+
+def load_file(file: Path, runtime: str) -> Callable[[Tensor], Tensor]:
+    """An exported model as a function of images."""
+    if runtime == 'onnxruntime':
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = THREADS
+        session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+        return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+    import openvino
+    # float32, because on some processors OpenVINO would compute in less
+    config = {'INFERENCE_NUM_THREADS': THREADS, 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
+    compiled = openvino.compile_model(file, 'CPU', config)
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0])
+
+
+def time_files(model: str, img_size: int, batch_size: int, runtime: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds per batch in each round."""
+    images = torch.randn(batch_size, 3, img_size, img_size)
+    run: dict[str, Callable[[Tensor], Tensor]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for variant in make_variants(model, img_size):
+            file = Path(folder) / f'{variant.label}.onnx'
+            original = timm.create_model(variant.model, **variant.kwargs).eval()
+            torch.onnx.export(original, (images,), file, dynamo=True, input_names=['images'], verbose=False)
+            run[variant.label] = load_file(file, runtime)
+            with torch.inference_mode():  # what is timed is what was meant
+                torch.testing.assert_close(run[variant.label](images), original(images), rtol=0, atol=1e-3)
+
+        seconds: dict[str, list[float]] = {label: [] for label in run}
+        for i in tqdm(range(NUM_WARMUP + rounds), desc=runtime, unit='round'):
+            for label in run if i % 2 == 0 else reversed(run):
+                start = time.perf_counter()
+                run[label](images)
+                if i >= NUM_WARMUP:
+                    seconds[label].append(time.perf_counter() - start)
+    return seconds
+
+
+def summarise_seconds(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Medians, and medians of the ratios within each round; larger ratios are faster."""
+
+    def ratio(of: str, to: str) -> float:
+        return statistics.median(b / a for a, b in zip(seconds[of], seconds[to], strict=True))
+
+    return {
+        **{f'{label}_ms_per_batch': 1000 * statistics.median(values) for label, values in seconds.items()},
+        **{f'{selection}_to_dense': ratio(selection, 'dense') for selection in SELECTIONS},
+        'similarity_to_stage': ratio('similarity', 'stage'),
+    }
+
+
+def name_setting(setting: tuple[str, tuple[int, int], str]) -> str:
+    model, (img_size, batch_size), runs = setting
+    return f'{model.split("_patch")[0]}, {img_size} pixels, batch {batch_size}, {runs}'
+
+
+def measure_setting(setting: tuple[str, tuple[int, int], str], rounds: int) -> dict:
+    model, (img_size, batch_size), runs = setting
+    if batch_size == 1:
+        rounds *= LATENCY_ROUNDS
+    if runs in RUNTIMES:
+        seconds = time_files(model, img_size, batch_size, runs, rounds)
+    else:
+        seconds = time_in_torch(model, img_size, batch_size, runs == 'compiled', rounds)
+    return {**summarise_seconds(seconds), 'rounds': rounds, 'seconds': seconds}
+
+
+def format_text(records: dict[str, dict], environment: dict) -> str:
+    header = ['', 'dense, ms/batch', 'stage : dense', 'similarity : dense', 'similarity : stage']
+    lines = [
+        [
+            name,
+            f'{record["dense_ms_per_batch"]:.1f}',
+            f'{record["stage_to_dense"]:.2f} x',
+            f'{record["similarity_to_dense"]:.2f} x',
+            f'{record["similarity_to_stage"]:.3f}',
+        ]
+        for name, record in records.items()
+    ]
+    return f'{TITLE}\n\n{markdown_table(header, lines)}\n{summarise_environment(environment)}; float32.\n'
+
+
+def read_records(file: Path, environment: dict) -> dict[str, dict]:
+    """Settings that have been measured before; refused if that was with another machine or other versions."""
+    if not file.exists():
+        return {}
+    before = json.loads(file.read_text())
+    for key in ('machine', 'versions'):
+        if before.get(key) != environment[key]:
+            raise SystemExit(f'--results: {file} was measured with another {key}, take another PREFIX')
+    return before['settings']
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Speed of the selections, in PyTorch and as exported files.')
+    parser.add_argument(
+        '--rounds', type=positive_int, default=15, metavar='N',
+        help=f'timed rounds, {LATENCY_ROUNDS} times as many at batch 1 (default: 15)')
+    parser.add_argument('--again', action='store_true', help='measure what PREFIX.json has already, too')
+    add_results(parser, ('.json', '.md'))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(THREADS)
+    environment = describe_environment(torch.device('cpu'))
+    environment['versions'] |= {name: version(name.lower()) for name in RUNTIMES}
+    records = {} if args.again else read_records(args.results.with_name(args.results.name + '.json'), environment)
+    for i, setting in enumerate(SETTINGS):
+        name = name_setting(setting)
+        print(f'{i + 1} of {len(SETTINGS)}: {name}')
+        if name in records:
+            print('    measured before')
+            continue
+        records[name] = measure_setting(setting, args.rounds)
+        write_report(args.results, format_text(records, environment), {**environment, 'settings': records})
+    print(f'\n{format_text(records, environment)}')
+
+
+if __name__ == '__main__':
+    main()
