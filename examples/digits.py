@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from timm_evo.hub import count_gmacs
+from timm_evo import count_gmacs
 
 DENSE = 'deit_tiny_patch16_224'
 EVOLVED = f'evo_{DENSE}'

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_evo
-from timm_evo.hub import count_gmacs
+from timm_evo import count_gmacs
 
 SIZE = 448
 PHOTOS = (data.chelsea, data.coffee, data.astronaut, data.rocket)

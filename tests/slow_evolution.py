@@ -9,6 +9,7 @@ def evolve_slowly(
         keep_ratios: dict[int, float],
         tradeoff: list[float],
         fast_update: bool,
+        selected: list | None = None,
 ) -> list[Tensor]:
     """Run the blocks of a timm ViT with token evolution.
 
@@ -18,16 +19,22 @@ def evolve_slowly(
         keep_ratios: Share of slow tokens by the first block of each segment.
         tradeoff: alpha of each block.
         fast_update: Whether placeholders follow the representative token.
+        selected: Gets block, slow patches and scores of all patches of each selection, a list of these for each image.
 
     Returns:
         Full sequences (B, P + N, C) after each block.
     """
     sequences = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-    per_image = [_evolve_image(model, x, keep_ratios, tradeoff, fast_update) for x in sequences]
+    selected = [] if selected is None else selected
+    selected += [[] for _ in sequences]
+    per_image = [
+        _evolve_image(model, x, keep_ratios, tradeoff, fast_update, of_image)
+        for x, of_image in zip(sequences, selected, strict=True)
+    ]
     return [torch.stack(outputs) for outputs in zip(*per_image, strict=True)]
 
 
-def _evolve_image(model, x, keep_ratios, tradeoff, fast_update) -> list[Tensor]:
+def _evolve_image(model, x, keep_ratios, tradeoff, fast_update, selected) -> list[Tensor]:
     num_prefix = model.num_prefix_tokens
     prefix, patches = list(x[:num_prefix]), list(x[num_prefix:])
     scores = None
@@ -40,6 +47,8 @@ def _evolve_image(model, x, keep_ratios, tradeoff, fast_update) -> list[Tensor]:
             ranked = sorted(range(len(patches)), key=lambda j: -1 if scores is None else -scores[j].item())
             slow = ranked[:int(keep_ratios[i] * len(patches))]
             placeholders = ranked[len(slow):]
+            if keep_ratios[i] < 1:
+                selected.append((i, set(slow), list(scores)))
             if placeholders and fast_update:
                 total = sum(scores[j] for j in placeholders)
                 representative = sum(scores[j] / total * patches[j] for j in placeholders)

@@ -12,6 +12,7 @@ def evolve_slowly(
         keep_ratios: dict[tuple[int, int], float],
         tradeoff: list[float],
         fast_update: bool = True,
+        selected: list | None = None,
 ) -> list[Tensor]:
     """Run the stages of a LeViT with token evolution.
 
@@ -21,6 +22,7 @@ def evolve_slowly(
         keep_ratios: Share of slow tokens by stage and block that begins a segment.
         tradeoff: alpha of each attention.
         fast_update: Whether placeholders follow the representative token.
+        selected: Gets stage and block, and slow patches and scores of all patches of each image, of each selection.
 
     Returns:
         Full sequences (B, P + N, C) after each stage.
@@ -42,6 +44,7 @@ def evolve_slowly(
             left = [i for i, (row, column) in enumerate(grid) if row % 2 == 0 and column % 2 == 0]
             x, scores = _downsample(stage.downsample, x, scores, left, num_prefix, next(alphas), (height, width))
             height, width = (height + 1) // 2, (width + 1) // 2
+        of_stage = []
         x, scores = _blocks(
             stage.blocks,
             x,
@@ -51,12 +54,17 @@ def evolve_slowly(
             [next(alphas) for _ in stage.blocks],
             fast_update,
             (height, width),
+            of_stage,
         )
+        if selected is not None:
+            selected += [((s, block), slow, of) for block, slow, of in of_stage]
         outputs.append(x)
     return outputs
 
 
-def _blocks(blocks, x, scores, keep_ratios, num_prefix, alphas, fast_update, grid_size) -> tuple[Tensor, list]:
+def _blocks(
+        blocks, x, scores, keep_ratios, num_prefix, alphas, fast_update, grid_size, selected,
+) -> tuple[Tensor, list]:
     batch = [list(tokens) for tokens in x]  # per image, the tokens of the full sequence
     num_patches = x.shape[1] - num_prefix
     slow = [list(range(num_patches)) for _ in batch]
@@ -66,6 +74,8 @@ def _blocks(blocks, x, scores, keep_ratios, num_prefix, alphas, fast_update, gri
             num_slow = int(keep_ratios[b] * num_patches)
             ranked = [sorted(range(num_patches), key=lambda i, of=of: -of[i].item()) for of in scores]
             slow = [ranking[:num_slow] for ranking in ranked]
+            if keep_ratios[b] < 1:
+                selected.append((b, [set(chosen) for chosen in slow], [list(of) for of in scores]))
             representatives = None
             if fast_update and num_slow < num_patches:
                 representatives = []

@@ -4,20 +4,24 @@ from slow_evolution import run_block
 from torch import Tensor
 
 
-def average_slowly(model, images: Tensor, shares: list[float]) -> list[Tensor]:
+def average_slowly(model, images: Tensor, shares: list[float], selected: list | None = None) -> list[Tensor]:
     """Run the blocks of a timm ViT, whose patch tokens are averaged into others where the share falls.
 
     Args:
         model: The ViT whose embedding, blocks and norm are used.
         images: Images (B, C, H, W).
         shares: Share of the patch tokens that goes through each block.
+        selected: Gets block and groups of patches, the leader first, of each event, a list of these for each image.
 
     Returns:
         Full sequences (B, P + N, C) after each block.
     """
     sequences = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     width = model.patch_embed.dynamic_feat_size(images.shape[2:])[1]
-    per_image = [_average_image(model, x, shares, width) for x in sequences]
+    selected = [] if selected is None else selected
+    selected += [[] for _ in sequences]
+    per_image = [
+        _average_image(model, x, shares, width, of_image) for x, of_image in zip(sequences, selected, strict=True)]
     return [torch.stack(outputs) for outputs in zip(*per_image, strict=True)]
 
 
@@ -30,7 +34,7 @@ class Group:
         self.size = torch.ones((), dtype=token.dtype)
 
 
-def _average_image(model, x: Tensor, shares: list[float], width: int) -> list[Tensor]:
+def _average_image(model, x: Tensor, shares: list[float], width: int, selected: list) -> list[Tensor]:
     num_prefix = model.num_prefix_tokens
     prefix, patches = list(x[:num_prefix]), list(x[num_prefix:])
     groups = [Group(place, token) for place, token in enumerate(patches)]
@@ -39,6 +43,7 @@ def _average_image(model, x: Tensor, shares: list[float], width: int) -> list[Te
         num_left = int(shares[i] * len(patches))
         if num_left < len(groups):
             groups = _hand_over(model, groups, num_left, width, is_grid=len(groups) == len(patches))
+            selected.append((i, [list(group.places) for group in groups]))
 
         log_size = torch.stack([torch.zeros((), dtype=x.dtype)] * num_prefix + [group.size.log() for group in groups])
         tokens = torch.stack(prefix + [group.token for group in groups])

@@ -9,7 +9,7 @@ from slow_similarity import average_slowly
 from test_method import KINDS, SMALL, build
 
 import timm_evo
-from timm_evo.hub import count_gmacs
+from timm_evo import count_gmacs
 from timm_evo.schedule import make_similarity_schedule
 
 

@@ -7,15 +7,32 @@ registers them.
 """
 import importlib
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
+    from . import checkpoints, hub
+    from .cost import count_gmacs
+    from .instances import evolve, evolved, restore
+    from .levit import EvoLevit
+    from .tracing import Selection, trace
+    from .vision_transformer import EvoVisionTransformer, EvoVisionTransformerDistilled
+    from .visualization import visualize
 
 __version__ = '0.1.0'
-__all__ = ['EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'evolve', 'restore']
-_PUBLIC = {  # and where it is
+__all__ = [
+    'EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'Selection', 'checkpoints', 'count_gmacs',
+    'evolve', 'evolved', 'hub', 'restore', 'trace', 'visualize']
+_MODULES = {  # of the public names; the others are modules themselves
     'EvoLevit': 'levit',
     'EvoVisionTransformer': 'vision_transformer',
     'EvoVisionTransformerDistilled': 'vision_transformer',
+    'Selection': 'tracing',
+    'count_gmacs': 'cost',
     'evolve': 'instances',
+    'evolved': 'instances',
     'restore': 'instances',
+    'trace': 'tracing',
+    'visualize': 'visualization',
 }
 
 
@@ -50,10 +67,15 @@ def _register_with_timm() -> None:
 
 def __getattr__(name: str):
     # public names on demand, because they need torch and timm
-    if name in _PUBLIC:
-        import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
-        return getattr(importlib.import_module(f'{__name__}.{_PUBLIC[name]}'), name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    if name not in __all__:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
+    module = importlib.import_module(f'{__name__}.{_MODULES.get(name, name)}')
+    return getattr(module, name) if name in _MODULES else module
+
+
+def __dir__() -> list[str]:
+    return [*__all__, '__version__']
 
 
 _register_with_timm()

@@ -5,8 +5,11 @@ Each sub-command is a thin call into the library, which is imported when it is n
 import argparse
 import ast
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+PICTURES = ('.png', '.pdf', '.svg')
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -36,6 +39,41 @@ def _convert(args: argparse.Namespace) -> None:
         print(f"timm.create_model('hf-hub:{args.push}', pretrained=True)")
 
 
+def _info(args: argparse.Namespace) -> None:
+    from . import summary
+
+    print(summary.summarise(args.model, **dict(args.model_kwargs)))
+
+
+def _visualize(args: argparse.Namespace) -> None:
+    if args.output.suffix not in ('.html', *PICTURES):
+        raise ValueError(f'--output {args.output} is not allowed, it must end with .html or {", ".join(PICTURES)}.')
+    if not args.output.absolute().parent.is_dir():
+        raise FileNotFoundError(f'--output {args.output}: there is no folder {args.output.parent}.')
+    if args.keep_ratios and args.output.suffix != '.html':
+        raise ValueError(f'--keep-ratios is for a page, --output {args.output} is a picture of one keep ratio.')
+
+    import timm
+    from PIL import Image
+    from timm.models import load_checkpoint
+
+    from . import summary, visualization
+
+    if ':' not in args.model:  # as in hf-hub:user/name
+        summary.check_model(args.model)
+    with Image.open(args.image) as image:
+        image = image.convert('RGB')  # before weights are loaded
+    model = timm.create_model(args.model, pretrained=args.checkpoint is None, **dict(args.model_kwargs)).eval()
+    if args.checkpoint is not None:
+        load_checkpoint(model, str(args.checkpoint), weights_only=True)
+    if args.output.suffix == '.html':
+        keep_ratios = args.keep_ratios or visualization.KEEP_RATIOS
+        visualization.write_page(args.output, image, model, keep_ratios)
+    else:
+        visualization.visualize(image, model).savefig(args.output, dpi=150)
+    print(args.output)
+
+
 def key_value(text: str) -> tuple[str, Any]:
     """Name and value of an argument, as timm's scripts read them; an older timm's own fails at some values."""
     key, equals, value = text.partition('=')
@@ -47,9 +85,42 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def _add_model_kwargs(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument('--model-kwargs', nargs='*', type=key_value, default=[], metavar='KEY=VALUE', help=help)
+
+
 def _parse_args(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='timm-evo', description="Token evolution for timm's vision transformers.")
+    versions = ', '.join(f'{name} {version(name)}' for name in ('timm-evo', 'timm', 'torch'))
+    parser.add_argument('--version', action='version', version=versions)
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
+
+    info = commands.add_parser(
+        'info',
+        help='settings, cost, tokens of each block and weights of a model',
+        description='Settings, cost, tokens of each block and origin of the weights of an evolved model. Nothing is '
+                    'downloaded.',
+    )
+    info.set_defaults(command=_info)
+    info.add_argument('model', metavar='MODEL', help='evo_* model')
+    _add_model_kwargs(info, 'arguments of the model, such as keep_ratio=0.7 or img_size=384')
+
+    visualize = commands.add_parser(
+        'visualize',
+        help='draw which tokens a model keeps of an image',
+        description='Draw which tokens a model keeps of an image: a picture of every selection, or a page in which one '
+                    'moves through blocks and keep ratios.',
+    )
+    visualize.set_defaults(command=_visualize)
+    visualize.add_argument('image', type=Path, metavar='IMAGE', help='photo')
+    visualize.add_argument('--model', required=True, metavar='NAME', help='evo_* model, or hf-hub:user/name')
+    visualize.add_argument(
+        '--checkpoint', type=Path, metavar='FILE', help='weights (default: the pretrained ones of the Hub)')
+    _add_model_kwargs(visualize, 'arguments of the model, such as keep_ratio=0.7 or selection=stage')
+    visualize.add_argument(
+        '--keep-ratios', nargs='+', type=float, metavar='RATIO', help='what a page offers (default: 0.3 0.5 0.7 0.9)')
+    visualize.add_argument(
+        '--output', required=True, type=Path, metavar='FILE', help=f'.html for a page, or {", ".join(PICTURES)}')
 
     convert = commands.add_parser(
         'convert',
@@ -63,14 +134,8 @@ def _parse_args(args: list[str] | None) -> argparse.Namespace:
     convert.add_argument(
         '--model', required=True, metavar='NAME', help='evo_deit_* or evo_levit_cls_* model of the same size')
     convert.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to write')
-    convert.add_argument(
-        '--model-kwargs',
-        nargs='*',
-        type=key_value,
-        default=[],
-        metavar='KEY=VALUE',
-        help='arguments that differ from the published models, such as img_size=384 or selection=layer',
-    )
+    _add_model_kwargs(
+        convert, 'arguments that differ from the published models, such as img_size=384 or selection=layer')
     convert.add_argument('--use-ema', action='store_true', help='take the averaged weights, model_ema')
     convert.add_argument('--push', metavar='USER/NAME', help='push to this repository of the Hugging Face Hub, too')
     convert.add_argument('--force', action='store_true', help='replace a model that DIR has in it')
@@ -82,7 +147,7 @@ def main(args: list[str] | None = None) -> None:
     parsed = _parse_args(args)
     try:
         parsed.command(parsed)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f'timm-evo: {error}')
 
 

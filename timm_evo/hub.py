@@ -4,23 +4,20 @@ timm writes and reads them. What is added here is a model card that says how tok
 its folder as a whole or not at all.
 """
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
-import torch
 from timm.models._hub import generate_readme, push_to_hf_hub, save_for_hf
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch import nn
 
 from .arguments import plain
+from .cost import count_gmacs
+from .evolved_model import evaluating, input_size
 
-__all__ = ['count_gmacs', 'model_card', 'push', 'save']
+__all__ = ['model_card', 'push', 'save']
 
 _FILES = ('model.safetensors', 'README.md', 'config.json')  # the last makes a model of the others
 _CITATION = """@inproceedings{xu2022evo,
@@ -57,7 +54,7 @@ def model_card(model: nn.Module, name: str) -> dict[str, Any]:
             'Model Stats': {
                 'Params (M)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
                 'GMACs': f'{_gmacs(model):.3f}',
-                'Image size': ' x '.join(map(str, _input_size(model)[1:])),
+                'Image size': ' x '.join(map(str, input_size(model)[1:])),
                 'Classes': model.num_classes,
             },
             'Token evolution': evolution,
@@ -177,53 +174,8 @@ def _check_name(model: nn.Module) -> None:
             f'create evo_{name}, if that is registered, and load the weights into it.')
 
 
-def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width of the images of a model."""
-    embed = getattr(model, 'patch_embed', model)
-    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
-    return channels, *(embed.img_size or model.pretrained_cfg['input_size'][1:])
-
-
-class _FlopCounter(TorchDispatchMode):
-    """PyTorch's formulas without the hooks of its `FlopCounterMode`, for which a last block would not be short."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
-        return out
-
-
-@torch.inference_mode(False)  # in inference mode, linear layers are not taken apart into products
-@torch.no_grad()
-def count_gmacs(model: nn.Module, image: Tensor) -> float:
-    """Multiply-accumulates of a model in evaluation mode for one image (1, C, H, W), in billions."""
-    with sdpa_kernel(SDPBackend.MATH), _FlopCounter() as counter:  # not all fused attentions have a formula
-        model(image)
-    return counter.flops / 2e9
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and every module in its own again afterwards."""
-    training = model.training
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        model.train(training)  # LeViT forgets the biases that it has computed
-        for module, mode in modes:
-            module.training = mode
-
-
 def _gmacs(model: nn.Module) -> float:
     """Of an image as the model takes it, whatever mode it is in."""
-    image = next(model.parameters()).new_zeros(1, *_input_size(model))
-    with _evaluating(model):
+    image = next(model.parameters()).new_zeros(1, *input_size(model))
+    with evaluating(model):
         return count_gmacs(model, image)

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import evolution
 from .arguments import split_arguments
-from .evolved import Evolved, attribute_names, combined_class
+from .evolved_model import Evolved, attribute_names, combined_class
 from .schedule import (
     Schedule,
     check_flag,
@@ -377,11 +377,20 @@ class EvoLevitStage(LevitStage):
         for i, block in enumerate(self.blocks):
             if self.begins[i]:
                 x = evolution.follow(x, tokens, slow, representative)
-                tokens, slow, representative = evolution.begin_segment(
-                    x, scores, self.keep_ratio[i], self.num_prefix_tokens, self.fast_update)
+                tokens, slow, representative = self._begin_segment(i, x, scores, self.keep_ratio[i])
                 positions = block.attn.bias_positions(slow, representative)
             tokens, scores = block(tokens, scores, slow, positions)
         return evolution.follow(x, tokens, slow, representative), scores
+
+    def _begin_segment(
+            self,
+            index: int,
+            x: Tensor,
+            scores: Tensor | None,
+            keep_ratio: float,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Select the tokens for the blocks from this one on, see `evolution.begin_segment`; `tracing` listens here."""
+        return evolution.begin_segment(x, scores, keep_ratio, self.num_prefix_tokens, self.fast_update)
 
 
 class LevitEvolution(Evolved):
@@ -392,6 +401,7 @@ class LevitEvolution(Evolved):
     Takes the arguments of the timm class and those of `init_evolution`.
     """
     WEIGHTED_ARGUMENTS = frozenset(['learn_tradeoff', 'class_token', 'class_head'])
+    ABSENT_ARGUMENTS = {'stage_depth': 'each of its stages is a segment'}
 
     def __init__(self, img_size: int | tuple[int, int] = 224, **kwargs) -> None:
         evolution_args, kwargs = split_arguments(self.init_evolution, kwargs)
@@ -408,9 +418,9 @@ class LevitEvolution(Evolved):
     def init_evolution(
             self,
             keep_ratio: float | Sequence[float] = 0.5,
-            start_block: int = 2,
+            start_block: int | None = None,
             selection: str = 'stage',
-            tradeoff: float | Sequence[float] = 0.5,
+            tradeoff: float | Sequence[float] | None = None,
             learn_tradeoff: bool = False,
             fast_update: bool = True,
             class_token: bool = False,
@@ -422,10 +432,10 @@ class LevitEvolution(Evolved):
         Args:
             keep_ratio: Share of the patch tokens on the slow path, in (0, 1]; one number or one per segment. 1.0 is
                 exactly the dense model.
-            start_block: First block that evolves, counted through the stages; at least 1.
+            start_block: First block that evolves, counted through the stages; at least 1. None for 2.
             selection: 'stage', one selection per stage, or 'layer', one per block.
             tradeoff: Share alpha in [0, 1] of an attention in the scores; one number, or one per attention, those
-                that downsample included.
+                that downsample included. None for 0.5.
             learn_tradeoff: Learn alpha, one scalar per attention, as the authors do; `tradeoff` is where it starts.
             fast_update: Update placeholder tokens through the representative token. If False they are only preserved.
             class_token: Class token and absolute position embeddings instead of attention biases.
@@ -485,9 +495,9 @@ class LevitEvolution(Evolved):
     def _check_evolution(
             self,
             keep_ratio: float | Sequence[float],
-            start_block: int,
+            start_block: int | None,
             selection: str,
-            tradeoff: float | Sequence[float],
+            tradeoff: float | Sequence[float] | None,
             fast_update: bool,
             layerwise_updates: int,
     ) -> Schedule:

@@ -61,12 +61,14 @@ class _Family(NamedTuple):
 
 def _build_vit(dense: str, **kwargs) -> nn.Module:
     from . import instances, vision_transformer
+    vision_transformer.EvoVisionTransformer.check_model_names(kwargs)
     evolution_args, dense_args = split_arguments(vision_transformer.TokenEvolution.init_evolution, kwargs)
     return instances.evolve(model_entrypoint(dense)(pretrained=False, **dense_args), **evolution_args)
 
 
 def _build_levit(dense: str, **kwargs) -> nn.Module:
     from . import levit
+    levit.EvoLevit.check_model_names(kwargs)
     model = levit.EvoLevit(**dict(levit_cfgs[dense], **kwargs))
     model.dense_architecture = dense
     return model

@@ -155,9 +155,9 @@ def _solve_factor(keep_ratio: float, powers: Sequence[int], num_dense: int) -> f
 def make_pyramid_schedule(
         depths: Sequence[int],
         keep_ratio: float | Sequence[float],
-        start_block: int,
+        start_block: int | None,
         selection: str,
-        tradeoff: float | Sequence[float],
+        tradeoff: float | Sequence[float] | None,
 ) -> Schedule:
     """Work out what each attention of a pyramid has to do: the blocks of a stage, and before them one that downsamples.
 
@@ -166,9 +166,10 @@ def make_pyramid_schedule(
     Args:
         depths: Number of blocks of each stage.
         keep_ratio: Share of the patch tokens on the slow path, in (0, 1]; one number, or one per segment.
-        start_block: First block that evolves, counted through the stages without the downsampling; at least 1.
+        start_block: First block that evolves, counted through the stages without the downsampling; at least 1. None
+            for 2.
         selection: 'stage', one selection per stage of the model, or 'layer', one per block.
-        tradeoff: alpha in [0, 1]; one number, or one per attention.
+        tradeoff: alpha in [0, 1]; one number, or one per attention. None for 0.5.
 
     Raises:
         ValueError: An argument is outside what is allowed; the message names it.
@@ -178,6 +179,7 @@ def make_pyramid_schedule(
             "selection='similarity' is not allowed for LeViT: it hands tokens over little by little through many "
             "blocks, and LeViT's stages of a few blocks each end with the whole grid. It must be 'stage' or 'layer'.")
     _check_selection(selection, ('stage', 'layer'))
+    start_block = 2 if start_block is None else start_block
     _check_start(start_block, sum(depths))
     downsampling, firsts = [], []
     block = length = 0
@@ -193,7 +195,7 @@ def make_pyramid_schedule(
     begins, ratios = _per_segment(length, firsts, keep_ratio, downsampling)
     last = _last_selection(begins, ratios)
     scored = [i < last for i in range(length)]
-    return Schedule(begins, ratios, scored, _check_tradeoff(tradeoff, length, 'attention'))
+    return Schedule(begins, ratios, scored, _check_tradeoff(0.5 if tradeoff is None else tradeoff, length, 'attention'))
 
 
 def make_layerwise(schedule: Schedule) -> Schedule:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import evolution, short_block, similarity, taps
 from .arguments import split_arguments
 from .beside import ClassAttentionBeside, is_sharded
-from .evolved import Evolved, attribute_names, combined_class
+from .evolved_model import Evolved, attribute_names, combined_class
 from .schedule import (
     check_flag,
     check_layerwise_updates,
@@ -63,6 +63,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
     Takes the arguments of the timm class and those of `init_evolution`.
     """
     WEIGHTED_ARGUMENTS = frozenset(['class_head'])
+    ABSENT_ARGUMENTS = {'learn_tradeoff': 'only a LeViT learns its trade-offs, as the authors have it'}
     __jit_ignored_attributes__ = ['_taps']
 
     def __init__(self, *args, **kwargs) -> None:
@@ -241,8 +242,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
         for i, block in enumerate(blocks):
             if begins[i]:
                 x = evolution.follow(x, tokens, slow, representative)
-                tokens, slow, representative = evolution.begin_segment(
-                    x, scores, keep_ratio[i], self.num_prefix_tokens, self.fast_update)
+                tokens, slow, representative = self._begin_segment(i, x, scores, keep_ratio[i])
 
             if scored[i]:
                 if torch.jit.is_scripting():
@@ -286,9 +286,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
             blocks = self.blocks[:stop]
         for i, block in enumerate(blocks):
             if begins[i]:
-                goes, into = similarity.match_tokens(
-                    self._likeness_features(x), size, keep_ratio[i], num_patches, self.num_prefix_tokens,
-                    grid_width if size is None else None)
+                goes, into = self._match_tokens(i, x, size, keep_ratio[i], num_patches, grid_width)
                 left, follows = similarity.places_after(goes, into, x.shape[1])
                 averages, size = similarity.average_tokens(x, size, goes, into, left)
                 attn_mask = similarity.size_mask(size, x.dtype)
@@ -308,6 +306,30 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
                 intermediates.append(self._give_back(x, handed_over))
 
         return self._give_back(x, handed_over), intermediates
+
+    def _begin_segment(
+            self,
+            index: int,
+            x: Tensor,
+            scores: Tensor | None,
+            keep_ratio: float,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Select the tokens for the blocks from this one on, see `evolution.begin_segment`; `tracing` listens here."""
+        return evolution.begin_segment(x, scores, keep_ratio, self.num_prefix_tokens, self.fast_update)
+
+    def _match_tokens(
+            self,
+            index: int,
+            x: Tensor,
+            size: Tensor | None,
+            keep_ratio: float,
+            num_patches: int,
+            grid_width: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the tokens that go before this block, see `similarity.match_tokens`; `tracing` listens here."""
+        return similarity.match_tokens(
+            self._likeness_features(x), size, keep_ratio, num_patches, self.num_prefix_tokens,
+            grid_width if size is None else None)
 
     def _likeness_features(self, x: Tensor) -> Tensor:
         """What tells which tokens are alike: the tokens as the head would see them, (B, L, C)."""

@@ -1,0 +1,162 @@
+"""What an editor, a type checker and a first look see of the package."""
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_evo
+
+
+def test_public_names_are_listed_and_there():
+    assert set(timm_evo.__all__) <= set(dir(timm_evo))
+    assert all(getattr(timm_evo, name) is not None for name in timm_evo.__all__)
+    assert callable(timm_evo.hub.save) and callable(timm_evo.checkpoints.from_official)
+    with pytest.raises(AttributeError, match='has no attribute'):
+        timm_evo.no_such_name  # noqa: B018
+
+
+def test_public_modules_are_there_without_another_import():
+    code = 'import timm_evo; print(timm_evo.hub.save.__name__, timm_evo.checkpoints.load_official.__name__)'
+    assert subprocess.check_output([sys.executable, '-c', code], text=True).split() == ['save', 'load_official']
+
+
+@pytest.mark.parametrize('call, name', [
+    ('timm_evo.evolve(', 'keep_ratio'),
+    ('timm_evo.evolve(', 'layerwise_updates'),
+    ('timm_evo.trace(', 'images'),
+    ('timm_evo.EvoVisionTransformer().set_evolution(', 'tradeoff'),
+])
+def test_an_editor_knows_the_arguments(call, name):
+    jedi = pytest.importorskip('jedi')
+    signatures = jedi.Script(f'import timm_evo\n{call}').get_signatures()
+    assert name in [parameter.name for signature in signatures for parameter in signature.params]
+
+
+def test_an_editor_completes_the_names():
+    jedi = pytest.importorskip('jedi')
+    names = [completion.name for completion in jedi.Script('import timm_evo\ntimm_evo.').complete()]
+    assert set(timm_evo.__all__) <= set(names)
+
+
+def test_the_representation_of_a_model_shows_its_settings():
+    model = timm.create_model('evo_test_vit', keep_ratio=0.7)
+    assert repr(model).startswith("EvoVisionTransformer(\n  keep_ratio=0.7, selection='similarity', fast_update=True, ")
+    model.set_evolution(keep_ratio=0.4, selection='stage', tradeoff=0.3)
+    assert "keep_ratio=0.4, selection='stage', tradeoff=0.3" in repr(model)
+    assert 'keep_ratio' not in repr(timm_evo.restore(model))
+
+
+# `evolved`
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'levit_128s'])
+def test_a_dense_model_evolves_for_a_while(name):
+    model = timm.create_model(name).eval()
+    images = torch.randn(2, *model.pretrained_cfg.get('input_size', (3, 160, 160)))
+    before, cls = model(images), type(model)
+    with timm_evo.evolved(model, keep_ratio=0.7) as evolved:
+        assert evolved is model and model.evolution['keep_ratio'] == 0.7
+        assert not torch.equal(model(images), before)
+    assert type(model) is cls and torch.equal(model(images), before)
+    with pytest.raises(KeyError), timm_evo.evolved(model):
+        raise KeyError
+    assert type(model) is cls
+
+
+def test_an_evolved_model_evolves_in_another_way_for_a_while():
+    model = timm.create_model('evo_test_vit', keep_ratio=0.5).eval()
+    images, saved = torch.randn(2, 3, 160, 160), getattr(model, '_model_args', None)
+    before, settings = model(images), dict(model.evolution)
+    with timm_evo.evolved(model, keep_ratio=1.0):
+        assert not torch.equal(model(images), before)
+    assert model.evolution == settings and torch.equal(model(images), before)
+    assert getattr(model, '_model_args', None) == saved
+    with pytest.raises(ValueError, match='keep_ratio=2'), timm_evo.evolved(model, keep_ratio=2):
+        pass
+    assert model.evolution == settings
+
+
+# Errors that tell the truth
+
+
+class TwoDeep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({'vit': timm.create_model('test_vit')})
+
+
+def test_what_cannot_be_evolved_is_told_why():
+    with pytest.raises(TypeError, match="evolve takes a model, not its name 'vit_base_patch16_224'"):
+        timm_evo.evolve('vit_base_patch16_224')
+    with pytest.raises(TypeError, match='evolve takes a model, a torch.nn.Module, not dict'):
+        timm_evo.evolve({})
+    with pytest.raises(TypeError, match=r'TwoDeep cannot be evolved, but the VisionTransformer in it can, which is '
+                                        r'`.encoder.vit`: evolve that'):
+        timm_evo.evolve(TwoDeep())
+    backbone = timm.create_model('test_vit', features_only=True)
+    with pytest.raises(TypeError, match='FeatureGetterNet cannot be evolved, but the VisionTransformer .* `.model`'):
+        timm_evo.evolve(backbone)
+    with pytest.raises(TypeError, match='OptimizedModule .* `._orig_mod`: evolve that, before it is compiled'):
+        timm_evo.evolve(torch.compile(timm.create_model('test_vit')))
+    with pytest.raises(TypeError, match='has a model in it that is evolved already, `.0`'):
+        timm_evo.evolve(nn.Sequential(timm.create_model('evo_test_vit')))
+
+
+def test_models_of_other_libraries_are_named():
+    from torchvision.models import VisionTransformer
+    vit = VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32)
+    with pytest.raises(TypeError, match="it is a model of torchvision, and evolution is for timm's"):
+        timm_evo.evolve(vit)
+    transformers = pytest.importorskip('transformers')
+    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    with pytest.raises(TypeError, match='it is a model of transformers'):
+        timm_evo.evolve(transformers.ViTModel(config))
+
+
+def test_restore_says_where_the_evolved_model_is():
+    compiled = torch.compile(timm.create_model('evo_test_vit'))
+    with pytest.raises(TypeError, match='OptimizedModule is not evolved itself, .* `._orig_mod`: restore that'):
+        timm_evo.restore(compiled)
+    with pytest.raises(TypeError, match='dict is not evolved, there is nothing to restore'):
+        timm_evo.restore({})
+
+
+def test_the_nearest_name_of_a_misspelt_argument_is_named():
+    vit, levit = timm.create_model('test_vit'), timm.create_model('levit_128s')
+    evolved = timm.create_model('evo_test_vit')
+    for call in (
+            lambda: timm_evo.evolve(vit, keep_raito=0.5), lambda: timm_evo.evolve(levit, keep_raito=0.5),
+            lambda: evolved.set_evolution(keep_raito=0.5), lambda: timm.create_model('evo_test_vit', keep_raito=0.5),
+            lambda: timm.create_model('evo_levit_128s', keep_raito=0.5)):
+        with pytest.raises(TypeError, match=r'keep_raito is not an argument of .* Did you mean keep_ratio\?'):
+            call()
+    assert type(vit) is timm.models.VisionTransformer
+    with pytest.raises(TypeError, match='nonsense is not an argument of .* There are class_head, fast_update, '):
+        timm_evo.evolve(vit, nonsense=1)
+
+
+def test_arguments_of_the_other_family_are_told_apart():
+    levit = timm.create_model('levit_128s')
+    for call in (
+            lambda: timm_evo.evolve(levit, stage_depth=2), lambda: timm.create_model('evo_levit_128s', stage_depth=2),
+            lambda: timm.create_model('evo_levit_128s').set_evolution(stage_depth=2)):
+        with pytest.raises(TypeError, match='stage_depth is not an argument of .*, each of its stages is a segment'):
+            call()
+    for call in (
+            lambda: timm_evo.evolve(timm.create_model('test_vit'), learn_tradeoff=True),
+            lambda: timm.create_model('evo_test_vit', learn_tradeoff=True)):
+        with pytest.raises(TypeError, match='learn_tradeoff is not an argument of .*, only a LeViT learns'):
+            call()
+
+
+def test_defaults_are_those_of_the_family():
+    vit = timm_evo.evolve(timm.create_model('test_vit', depth=12))
+    assert vit.evolution['selection'] == 'similarity' and vit.schedule.begins[1]
+    levit = timm_evo.evolve(timm.create_model('levit_128s'))
+    assert levit.evolution['selection'] == 'stage'
+    assert levit.schedule == timm.create_model('evo_levit_128s', start_block=2, tradeoff=0.5).schedule
+    with pytest.raises(ValueError, match='fast_update=1 is not allowed'):
+        timm_evo.evolve(timm.create_model('test_vit'), fast_update=1)
