@@ -117,7 +117,7 @@ def test_a_folder_is_replaced_by_force_alone(deit, tmp_path):
                *model_kwargs(deit)]
     cli.main([str(part) for part in command])
     written = (tmp_path / 'model' / 'config.json').stat().st_mtime_ns
-    assert 'replaced only by force' in message(*command)
+    assert 'only force (--force) replaces it' in message(*command)
     assert (tmp_path / 'model' / 'config.json').stat().st_mtime_ns == written
     cli.main([str(part) for part in [*command, '--force']])
     assert (tmp_path / 'model' / 'config.json').stat().st_mtime_ns > written

@@ -269,8 +269,8 @@ def test_set_evolution_is_as_if_created_so():
 @pytest.mark.parametrize('arguments, error, message', [
     (dict(keep_ratio=0), ValueError, 'keep_ratio=0 is not allowed'),
     (dict(start_block=6), ValueError, r'start_block=6 .* 1\.\.5'),
-    (dict(keep_ratios=0.5), TypeError, 'keep_ratios cannot be set, only keep_ratio, '),
-    (dict(class_head=True), TypeError, 'class_head cannot be set'),
+    (dict(keep_ratios=0.5), TypeError, r'keep_ratios is not an argument of .* Did you mean keep_ratio\?'),
+    (dict(class_head=True), TypeError, 'class_head cannot change at run time'),
 ])
 def test_a_refused_change_leaves_the_model_as_it_was(arguments, error, message):
     model = evolve(create('vit_tiny_patch16_224'))
@@ -423,7 +423,7 @@ def test_other_refusals():
         restore(restore(model))
     with pytest.raises(ValueError, match='keep_ratio=0.01 of 36 patch tokens'):
         evolve(VisionTransformer(**SMALL), selection='stage', keep_ratio=0.01)
-    with pytest.raises(TypeError, match='keep_ratios is no argument of evolution'):
+    with pytest.raises(TypeError, match=r'keep_ratios is not an argument of .* Did you mean keep_ratio\?'):
         evolve(VisionTransformer(**SMALL), keep_ratios=0.5)
 
 

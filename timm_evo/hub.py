@@ -124,12 +124,12 @@ def check_free(folder: Path, force: bool) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise FileExistsError(f'{folder} is no folder.')
+        raise FileExistsError(f'{folder} is not a folder.')
     visible = {path.name for path in folder.iterdir() if not path.name.startswith('.')}
     if others := sorted(visible.difference(_FILES)):
-        raise FileExistsError(f'{folder} is no folder of a model alone, it has {others[0]}.')
+        raise FileExistsError(f'{folder} has other files than those of a model, such as {others[0]}.')
     if visible and not force:
-        raise FileExistsError(f'{folder} has {min(visible)} already, which is replaced only by force.')
+        raise FileExistsError(f'{folder} has a model already ({min(visible)}), only force (--force) replaces it.')
 
 
 def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = None) -> str:

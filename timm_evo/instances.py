@@ -57,10 +57,10 @@ def evolve(
         ValueError: An argument is outside what is allowed.
     """
     evolved_cls = _evolved_class(model)
-    if 'class_token' in misspelt:
-        raise TypeError(
-            'class_token is not an argument for a model that is there: a LeViT with class token has no biases in its '
-            "attentions. Create the published scheme by timm.create_model('evo_levit_cls_*').")
+    if issubclass(evolved_cls, levit.LevitEvolution) and misspelt.get('class_token'):
+        raise ValueError(
+            'class_token=True is not allowed for a model that is there, its attentions would lose their biases. Create '
+            "the published scheme by timm.create_model('evo_levit_cls_*').")
     arguments = dict(
         keep_ratio=keep_ratio, start_block=start_block, stage_depth=stage_depth, selection=selection,
         tradeoff=tradeoff, fast_update=fast_update, class_head=class_head, learn_tradeoff=learn_tradeoff,

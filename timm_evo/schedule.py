@@ -176,8 +176,8 @@ def make_pyramid_schedule(
     """
     if selection == 'similarity':
         raise ValueError(
-            "selection='similarity' is not allowed for LeViT: it hands tokens over little by little through many "
-            "blocks, and LeViT's stages of a few blocks each end with the whole grid. It must be 'stage' or 'layer'.")
+            "selection='similarity' is not allowed for LeViT: it averages a few tokens at a time over many blocks, and "
+            "LeViT needs the whole grid again after a few blocks, where it halves it. It must be 'stage' or 'layer'.")
     _check_selection(selection, ('stage', 'layer'))
     start_block = 2 if start_block is None else start_block
     _check_start(start_block, sum(depths))
@@ -225,8 +225,8 @@ def check_layerwise_updates(layerwise_updates: int, selection: str) -> None:
             f'layerwise_updates={layerwise_updates!r} is not allowed, it must be a number of optimizer updates, or 0.')
     if layerwise_updates and selection != 'stage':
         raise ValueError(
-            f"layerwise_updates={layerwise_updates} is not allowed with selection={selection!r}, only 'stage' can "
-            'follow.')
+            f"layerwise_updates={layerwise_updates} is not allowed with selection={selection!r}, it needs "
+            "selection='stage'.")
 
 
 def check_flag(name: str, value: bool) -> None:

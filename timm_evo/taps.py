@@ -248,5 +248,5 @@ def check_block(block: nn.Module) -> None:
     if not known or unknown:
         inner = f' with {type(unknown[0]).__name__}' if unknown and unknown[0] is not None else ''
         raise TypeError(
-            f'{type(block).__name__}{inner} cannot be evolved: what the class token pays to each token is known of '
+            f'{type(block).__name__}{inner} cannot be evolved: class attention can be taken only from '
             "timm's Attention in a Block, ResPostBlock, ParallelThingsBlock or ParallelScalingBlock.")

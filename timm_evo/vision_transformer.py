@@ -154,7 +154,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
 
     def _init_class_head(self, class_head: bool) -> None:
         if class_head:
-            raise ValueError(f'class_head=True is not allowed, {type(self).__name__} has no patch-mean head beside it.')
+            raise ValueError(f'class_head=True is not allowed, {type(self).__name__} has its own heads.')
 
     def set_input_size(
             self,
