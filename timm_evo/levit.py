@@ -452,7 +452,8 @@ class LevitEvolution(Evolved):
         ).items():
             check_flag(name, value)
         if self.use_conv:
-            raise ValueError("use_conv=True is not allowed, a convolution needs the whole grid. Take timm's linear LeViT, levit_*.")
+            raise ValueError(
+                "use_conv=True is not allowed, a convolution needs the whole grid. Take timm's linear LeViT, levit_*.")
         if class_head and not (class_token and self.global_pool == 'avg'):
             raise ValueError(
                 "class_head=True is not allowed, it needs class_token=True and global_pool='avg', "
