@@ -537,7 +537,7 @@ def forget_biases(model: nn.Module) -> None:
     (dict(learn_tradeoff=True, fast_update=False), r'learn_tradeoff=True .* fast_update=False'),
     (dict(class_head=True), r'class_head=True .* class_token=True'),
     (dict(class_token='false'), r"class_token='false' .* True or False"),
-    (dict(use_conv=True), r'use_conv=True .* linear mode'),
+    (dict(use_conv=True), r'use_conv=True .* linear LeViT'),
     (dict(img_size=230), r'img_size=\(230, 230\) .* multiples of 16'),
     (dict(img_size=(224, 200)), r'img_size=\(224, 200\) .* multiples of 16'),
 ])
