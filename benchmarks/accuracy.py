@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from _arguments import add_device, positive_int
-from _measuring import DTYPES, Variant, dense_twin, measure, summarise
-from _recipe import Entry, parse_options, read_recipe
-from _results import add_results, find_validation_split, markdown_table, write_results
-from _training import Training
+from common.arguments import add_device, positive_int
+from common.measuring import DTYPES, Variant, dense_twin, measure, summarise
+from common.recipe import Entry, parse_options, read_recipe
+from common.results import add_results, find_validation_split, markdown_table, write_results
+from common.training import Training
 from matplotlib.figure import Figure
 from timm.data import create_dataset
 from tqdm import tqdm

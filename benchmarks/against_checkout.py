@@ -14,11 +14,11 @@ from pathlib import Path
 
 import timm
 import torch
-from _arguments import add_device, positive_int
-from _environment import describe_environment, summarise_environment
-from _measuring import Variant, measure, summarise
-from _report import write_report
-from _results import add_results, markdown_table
+from common.arguments import add_device, positive_int
+from common.environment import describe_environment, summarise_environment
+from common.measuring import Variant, measure, summarise
+from common.report import write_report
+from common.results import add_results, markdown_table
 from timm.models.levit import model_cfgs as levit_cfgs
 from torch import nn
 

@@ -4,7 +4,7 @@ Weights that were trained densely run with fewer tokens, without further trainin
 (`selection='stage'`), by that for such weights (`selection='similarity'`), and in ToMe's and EViT's own code, each at
 several settings. There are two kinds of measurement.
 
-Features of real weights, DINOv2's ViT-S/14 in the file that `_saliency.py` says how to get, on photos of
+Features of real weights, DINOv2's ViT-S/14 in the file that `common/saliency.py` says how to get, on photos of
 https://github.com/EliSchwartz/imagenet-sample-images:
 
     python benchmarks/frozen.py --features vit_s_focus.onnx --photos imagenet-sample-images --num-images 300 \
@@ -37,13 +37,13 @@ from pathlib import Path
 import timm
 import timm.data
 import torch
-from _arguments import CollectKwargs, add_device, key_value, positive_int
-from _environment import describe_environment
-from _left import Classes, Features
-from _measuring import DTYPES, Through, Variant, measure, summarise
-from _other_methods import clone, fold_layer_scale, load_evit, load_tome
-from _results import add_results, find_validation_split, markdown_table, write_json, write_results
-from _saliency import BACKBONE, Decoder, create_backbone, read_weights
+from common.arguments import CollectKwargs, add_device, key_value, positive_int
+from common.environment import describe_environment
+from common.left import Classes, Features
+from common.measuring import DTYPES, Through, Variant, measure, summarise
+from common.other_methods import clone, fold_layer_scale, load_evit, load_tome
+from common.results import add_results, find_validation_split, markdown_table, write_json, write_results
+from common.saliency import BACKBONE, Decoder, create_backbone, read_weights
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image

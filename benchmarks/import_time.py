@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _environment import describe_environment
+from common.environment import describe_environment
 from tqdm import tqdm
 
 LIMIT_MS = 10

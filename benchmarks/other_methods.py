@@ -17,10 +17,10 @@ from pathlib import Path
 
 import timm
 import torch
-from _arguments import add_device, positive_int
-from _measuring import DTYPES, Through, Variant, measure, summarise
-from _other_methods import clone, import_from, load_evit, load_tome
-from _results import add_results, markdown_table, write_results
+from common.arguments import add_device, positive_int
+from common.measuring import DTYPES, Through, Variant, measure, summarise
+from common.other_methods import clone, import_from, load_evit, load_tome
+from common.results import add_results, markdown_table, write_results
 from matplotlib.figure import Figure
 from torch import nn
 

@@ -13,11 +13,11 @@ from itertools import chain
 from operator import itemgetter
 
 import torch
-from _arguments import add_how, add_models, choose_how, describe_how, parse_and_check, positive_int
-from _environment import describe_environment, summarise_environment
-from _measuring import NUM_WARMUP, Step, prepare, with_twins
-from _report import write_report
-from _results import add_results, markdown_table
+from common.arguments import add_how, add_models, choose_how, describe_how, parse_and_check, positive_int
+from common.environment import describe_environment, summarise_environment
+from common.measuring import NUM_WARMUP, Step, prepare, with_twins
+from common.report import write_report
+from common.results import add_results, markdown_table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm

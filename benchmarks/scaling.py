@@ -9,10 +9,10 @@ import argparse
 from itertools import product
 
 import torch
-from _arguments import add_how, add_models, choose_how, describe_how, parse_and_check, positive_int
-from _drawing import set_log_ticks
-from _measuring import Variant, dense_twin, measure, summarise, with_twins
-from _results import add_results, markdown_table, write_results
+from common.arguments import add_how, add_models, choose_how, describe_how, parse_and_check, positive_int
+from common.drawing import set_log_ticks
+from common.measuring import Variant, dense_twin, measure, summarise, with_twins
+from common.results import add_results, markdown_table, write_results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 

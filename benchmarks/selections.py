@@ -18,11 +18,11 @@ from pathlib import Path
 
 import timm
 import torch
-from _arguments import positive_int
-from _environment import describe_environment, summarise_environment
-from _measuring import LATENCY_ROUNDS, NUM_WARMUP, Variant, measure
-from _report import write_report
-from _results import add_results, markdown_table
+from common.arguments import positive_int
+from common.environment import describe_environment, summarise_environment
+from common.measuring import LATENCY_ROUNDS, NUM_WARMUP, Variant, measure
+from common.report import write_report
+from common.results import add_results, markdown_table
 from torch import Tensor
 from tqdm import tqdm
 

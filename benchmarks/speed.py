@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from _arguments import add_device, positive_int
-from _environment import describe_environment, summarise_environment
-from _measuring import DTYPES, LATENCY_ROUNDS, dense_twin, measure, summarise, with_twins
-from _report import write_report
-from _results import add_results, markdown_table
+from common.arguments import add_device, positive_int
+from common.environment import describe_environment, summarise_environment
+from common.measuring import DTYPES, LATENCY_ROUNDS, dense_twin, measure, summarise, with_twins
+from common.report import write_report
+from common.results import add_results, markdown_table
 
 CPU_THREADS = 2
 # models, with the ratio to the dense model that is aimed at

@@ -4,17 +4,17 @@
 
 Any model of timm can stand beside. Weights and inputs are random. `--dtype` casts both, as timm's
 `benchmark.py --precision` does; there is no autocast. `--train` measures a whole update: forward, backward of the
-cross-entropy and a step of AdamW. How it is measured is said in `_measuring.py`, what counts as memory in its
+cross-entropy and a step of AdamW. How it is measured is said in `common/measuring.py`, what counts as memory in its
 `measure_memory`.
 """
 import argparse
 import json
 
-from _arguments import add_how, add_models, choose_how, describe_how, output_file, parse_and_check, positive_int
-from _drawing import set_log_ticks
-from _environment import describe_environment, summarise_environment
-from _measuring import LATENCY_ROUNDS, Variant, dense_twin, measure, summarise, with_twins
-from _results import replacing
+from common.arguments import add_how, add_models, choose_how, describe_how, output_file, parse_and_check, positive_int
+from common.drawing import set_log_ticks
+from common.environment import describe_environment, summarise_environment
+from common.measuring import LATENCY_ROUNDS, Variant, dense_twin, measure, summarise, with_twins
+from common.results import replacing
 from matplotlib.figure import Figure
 
 DEFAULT_MODELS = ['evo_deit_tiny_patch16_224', 'evo_deit_small_patch16_224', 'evo_deit_base_patch16_224']

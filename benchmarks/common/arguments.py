@@ -5,9 +5,10 @@ from pathlib import Path
 
 import timm
 import torch
-from _measuring import COMPILE_MODES, DTYPES, dense_twin
 
 from timm_evo.cli import key_value
+
+from .measuring import COMPILE_MODES, DTYPES, dense_twin
 
 
 def positive_int(text: str) -> int:
@@ -113,7 +114,7 @@ def parse_and_check(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def choose_how(args: argparse.Namespace) -> dict:
-    """Arguments of `_measuring.prepare`, but for the batch size."""
+    """Arguments of `measuring.prepare`, but for the batch size."""
     return {
         'device': args.device,
         'dtype': DTYPES[args.dtype],

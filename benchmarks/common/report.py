@@ -1,7 +1,7 @@
 """ Results without a plot: a JSON file and a text beside it """
 from pathlib import Path
 
-from _results import replacing, write_json
+from .results import replacing, write_json
 
 
 def write_report(prefix: Path, text: str, record: dict) -> None:

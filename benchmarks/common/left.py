@@ -2,12 +2,13 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from _saliency import Decoder
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 from torch.utils.data import DataLoader
+
+from .saliency import Decoder
 
 NUM_NEIGHBOURS = 5
 

@@ -10,7 +10,8 @@ from typing import IO
 
 import pandas as pd
 import yaml
-from _results import replacing
+
+from .results import replacing
 
 LOG_TAIL = 25
 

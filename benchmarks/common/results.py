@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from _environment import describe_environment, summarise_environment
 from matplotlib.figure import Figure
+
+from .environment import describe_environment, summarise_environment
 
 SUFFIXES = ('.json', '.md', '.png')
 
