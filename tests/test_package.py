@@ -55,7 +55,10 @@ def test_the_representation_of_a_model_shows_its_settings():
 @pytest.mark.parametrize('name', ['test_vit', 'levit_128s'])
 def test_a_dense_model_evolves_for_a_while(name):
     model = timm.create_model(name).eval()
-    images = torch.randn(2, *model.pretrained_cfg.get('input_size', (3, 160, 160)))
+    with torch.no_grad():
+        for parameter in model.parameters():  # fresh branches of LeViT add nothing
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    images = torch.randn(2, *model.pretrained_cfg['input_size'])
     before, cls = model(images), type(model)
     with timm_evo.evolved(model, keep_ratio=0.7) as evolved:
         assert evolved is model and model.evolution['keep_ratio'] == 0.7

@@ -118,6 +118,8 @@ class _ListeningVit(_ListeningStage):
 
     def _match_tokens(self, index, x, size, keep_ratio, num_patches, grid_width):
         goes, into = super()._match_tokens(index, x, size, keep_ratio, num_patches, grid_width)
+        if goes.shape[1] == 0:  # a share of so few patches that none goes
+            return goes, into
         tokens = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         if self.present is None:
             self.present = self.leader = tokens

@@ -64,7 +64,7 @@ def visualize(image: Image.Image | str | Path | Tensor, model: nn.Module, **evol
     for axis in axes.flat:
         axis.set_axis_off()
     figure.suptitle(title, fontsize=11)
-    axes[0, 0].imshow(photo)
+    axes[0, 0].imshow(photo.numpy())
     axes[0, 0].set_title('image', fontsize=9)
     for i, selection in enumerate(selections, start=1):
         num_kept, num_patches = int(selection.slow[0].sum()), selection.slow[0].numel()
@@ -72,8 +72,8 @@ def visualize(image: Image.Image | str | Path | Tensor, model: nn.Module, **evol
         if selection.scores is None:
             _draw_groups(axes[0, i], photo, selection)
         else:
-            axes[0, i].imshow(_darken(photo, selection))
-            axes[1, i].imshow(selection.scores[0].float().cpu(), cmap='viridis')
+            axes[0, i].imshow(_darken(photo, selection).numpy())
+            axes[1, i].imshow(selection.scores[0].float().cpu().numpy(), cmap='viridis')
             axes[1, i].set_title('scores', fontsize=9)
     return figure
 
@@ -182,7 +182,7 @@ def _draw_groups(axis: 'Axes', photo: Tensor, selection: Selection) -> None:
     mean = (total / number.clamp(min=1).unsqueeze(1))[follows.flatten()].view(height, width, -1)
     painted = torch.stack([_to_pixels(channel, photo) for channel in mean.unbind(2)], dim=2)
     is_alone = _to_pixels((number[follows] == 1), photo).unsqueeze(2).bool()
-    axis.imshow(photo.where(is_alone, painted))
+    axis.imshow(photo.where(is_alone, painted).numpy())
     y_step, x_step = photo.shape[0] / height, photo.shape[1] / width
     ends = dict(color='white', linewidth=0.5)
     below, beside = follows[1:] != follows[:-1], follows[:, 1:] != follows[:, :-1]
