@@ -13,10 +13,14 @@ MODELS ?= evo_* aimv2_* beit3_* deit* eva_large_patch14_* flexivit_* levit_128s 
 FEW_MODELS := evo_test_vit evo_test_vit2 evo_test_vit3 evo_vit_xsmall_patch16_clip_224 evo_vit_tiny_r_s16_p8_224 \
 	evo_deit3_small_patch16_224 evo_deit_tiny_patch16_224 evo_deit_tiny_distilled_patch16_224 evo_levit_128s evo_levit_cls_128s
 
-.PHONY: demo test lint tests tests-slow tests-oldest-timm timm-suite few-of-timm-suite clean
+.PHONY: demo docs test lint tests tests-slow tests-oldest-timm timm-suite few-of-timm-suite clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py
+
+# The documentation as a site, into site/; a link that leads nowhere is an error.
+docs: $(VENV)/ready-for-docs
+	$(BIN)/mkdocs build --strict
 
 test: lint tests tests-oldest-timm few-of-timm-suite
 
@@ -45,6 +49,10 @@ $(VENV)/ready: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[demo,test]'
 	touch $@
 
+$(VENV)/ready-for-docs: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 $(VENV)/timm-$(OLDEST_TIMM): $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ timm==$(OLDEST_TIMM)
 	touch $@
@@ -58,4 +66,4 @@ $(VENV)/timm-suite: $(VENV)/ready
 	mv $@.part $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
