@@ -433,7 +433,7 @@ def test_other_refusals():
     lambda model: timm.create_model('test_vit', features_only=True),
 ], ids=['compiled', 'parallel', 'features'])
 def test_a_wrapped_model_is_evolved_before(wrap):
-    with pytest.raises(TypeError, match='cannot be evolved, but the VisionTransformer in it can, which is .*: evolve that'):
+    with pytest.raises(TypeError, match='cannot be evolved, but the VisionTransformer in it can'):
         evolve(wrap(VisionTransformer(**SMALL)))
 
 
