@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -220,25 +221,49 @@ def write_files(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(text)
 
 
-# The wheel
+# What is published
 
 
 @pytest.fixture(scope='module')
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp('wheel')
-    subprocess.run(
-        [sys.executable, '-m', 'build', '--wheel', '--outdir', str(folder), str(ROOT)], check=True, capture_output=True)
-    return next(folder.glob('*.whl'))
+def sdist(tmp_path_factory) -> Path:
+    """The source distribution; beside it is the wheel, which is built from it."""
+    folder = tmp_path_factory.mktemp('dist')
+    subprocess.run([sys.executable, '-m', 'build', '--outdir', str(folder), str(ROOT)], check=True, capture_output=True)
+    return next(folder.glob('*.tar.gz'))
+
+
+@pytest.fixture(scope='module')
+def wheel(sdist) -> Path:
+    return next(sdist.parent.glob('*.whl'))
+
+
+def test_a_package_index_takes_both(sdist, wheel):
+    pytest.importorskip('twine')
+    result = subprocess.run(
+        [sys.executable, '-m', 'twine', 'check', '--strict', str(sdist), str(wheel)], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.count('PASSED') == 2, result.stdout + result.stderr
+
+
+def test_the_sdist_holds_what_the_tests_need(sdist):
+    with tarfile.open(sdist) as file:
+        names = {name.partition('/')[2] for name in file.getnames()}
+    files = [path for folder in ('tests', 'examples', 'timm_evo') for path in (ROOT / folder).rglob('*')]
+    needed = {
+        path.relative_to(ROOT).as_posix() for path in files if path.is_file() and '__pycache__' not in path.parts}
+    assert needed | {'CHANGELOG.md', 'CITATION.cff', 'LICENSE', 'Makefile', 'README.md', 'setup.cfg'} <= names
+    assert not any('__pycache__' in name for name in names)
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         files = {name: file.read(name).decode() for name in file.namelist()}
-    modules = {f'timm_evo/{path.name}' for path in (ROOT / 'timm_evo').glob('*.py')}
-    assert {name for name in files if '.dist-info/' not in name} == modules
-    text = {name.split('/', 1)[1]: content for name, content in files.items() if name not in modules}
+    package = {f'timm_evo/{path.name}' for path in (ROOT / 'timm_evo').glob('*.py')}
+    package |= {'timm_evo/py.typed', 'timm_evo/page.html'}
+    assert {name for name in files if '.dist-info/' not in name} == package
+    text = {name.split('/', 1)[1]: content for name, content in files.items() if name not in package}
     assert '[torch.backends]' in text['entry_points.txt']
     assert re.search(r'^License(-Expression)?: Apache-2.0$', text['METADATA'], flags=re.M)
+    assert re.search(r'^Author: timm-evo contributors$', text['METADATA'], flags=re.M)
     assert 'licenses/LICENSE' in text
 
 
@@ -246,7 +271,8 @@ def test_the_wheel_registers_the_models(wheel, tmp_path):
     """In an environment of its own, where this one's packages, but not its timm-evo, can be seen."""
     venv.create(tmp_path / 'env', with_pip=True)
     python = str(tmp_path / 'env' / 'bin' / 'python')
-    subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--no-deps', str(wheel)], check=True)
+    # isolated, because pip takes what PYTHONPATH has of timm-evo for installed
+    subprocess.run([python, '-I', '-m', 'pip', 'install', '--quiet', '--no-deps', str(wheel)], check=True)
     packages = tmp_path / 'packages'
     packages.mkdir()
     for entry in Path(timm.__file__).parents[1].iterdir():
