@@ -26,6 +26,7 @@ test: lint tests tests-oldest-timm few-of-timm-suite
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 tests: $(VENV)/ready
 	$(PYTEST) tests

@@ -4,6 +4,8 @@ Its tokens are projected once more, by its own modules. That takes longer than a
 TorchScript, whose threads Python knows nothing of; checkpointing in compiled code, which may leave nothing behind but
 its result; attentions that do not call their norms.
 """
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,10 @@ def is_sharded(block: nn.Module) -> bool:
 
 class ClassAttentionBeside:
     """For a model with `blocks` of the kinds that can be evolved, as TorchScript takes it."""
+    if TYPE_CHECKING:  # what the model has
+        blocks: Any
+        has_class_token: bool
+        num_prefix_tokens: int
 
     def _class_attention_beside(self, index: int, x: Tensor, slow: Tensor | None) -> Tensor:
         """Class attention of a block.

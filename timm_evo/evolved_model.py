@@ -4,9 +4,9 @@ An evolved model is timm's object with another class: the evolved one, which tim
 evolution can be given to a model, changed, and taken away again, and weights stay where they are.
 """
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
@@ -33,6 +33,15 @@ class Evolved(LayerToStage):
         _added: Names of the attributes that evolution has given to the model, for `restore` to take away.
     """
     # no annotations, which TorchScript would read as those of the model's class
+    if TYPE_CHECKING:  # timm's class stands behind this one in the bases of a model
+        _added: frozenset[str]
+        fast_update: bool
+
+        init_evolution: Callable[..., None]
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
     WEIGHTED_ARGUMENTS = frozenset()
     ABSENT_ARGUMENTS = {}
     dense_architecture = ''
@@ -123,7 +132,7 @@ class Evolved(LayerToStage):
         """Make the model dense again that has got attributes of these names by evolution."""
         self._stop_counting()
         self._restore_modules()
-        self.__class__ = dense_class(type(self))
+        self.__class__ = dense_class(type(self))  # pyright: ignore[reportAttributeAccessIssue]  # no longer evolved
         for name in names:
             if name in attribute_names(self):
                 delattr(self, name)
@@ -139,7 +148,7 @@ def architecture(model: nn.Module) -> str:
     return getattr(model, 'pretrained_cfg', {}).get('architecture', '')
 
 
-def input_size(model: nn.Module) -> tuple[int, int, int]:
+def input_size(model: Evolved) -> tuple[int, int, int]:
     """Channels, height and width of the images of an evolved model."""
     embed = getattr(model, 'patch_embed', model)
     channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))

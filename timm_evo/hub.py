@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
 from timm.models._hub import generate_readme, push_to_hf_hub, save_for_hf
@@ -15,7 +15,7 @@ from torch import nn
 
 from .arguments import plain
 from .cost import count_gmacs
-from .evolved_model import evaluating, input_size
+from .evolved_model import Evolved, architecture, evaluating, input_size
 
 __all__ = ['model_card', 'push', 'save']
 
@@ -38,6 +38,7 @@ def model_card(model: nn.Module, name: str) -> dict[str, Any]:
     Returns:
         The parts that timm's `generate_readme` puts together.
     """
+    model = cast(Evolved, model)
     begins, keep_ratio, _, tradeoff = model.schedule
     selections = [f'{ratio:.3g} at {i}' for i, ratio in enumerate(keep_ratio) if begins[i] and ratio < 1]
     is_learned = any(name.endswith('learn_tradeoff') for name in model.state_dict())
@@ -167,14 +168,14 @@ def _check_name(model: nn.Module) -> None:
     if not hasattr(model, 'pretrained_cfg'):
         raise ValueError(
             f'{type(model).__name__} cannot be loaded by timm, it has no name: timm.create_model has not made it.')
-    name = model.pretrained_cfg['architecture']
+    name = architecture(model)
     if not name.startswith('evo_'):
         raise ValueError(
             f'A model that evolve has made of {name} would be loaded as dense as it was created. Save it as {name}, or '
             f'create evo_{name}, if that is registered, and load the weights into it.')
 
 
-def _gmacs(model: nn.Module) -> float:
+def _gmacs(model: Evolved) -> float:
     """Of an image as the model takes it, whatever mode it is in."""
     image = next(model.parameters()).new_zeros(1, *input_size(model))
     with evaluating(model):

@@ -1,7 +1,7 @@
 """ Token evolution for models that are there already """
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from timm.models import is_model
 from timm.models.levit import Levit
@@ -70,6 +70,7 @@ def evolve(
     evolved_cls.check_names(arguments, argument_names(evolved_cls, ['init_evolution']))
     dense = attribute_names(model)
     model.__class__ = evolved_cls
+    model = cast(Evolved, model)
     try:
         model.dense_architecture = architecture(model)
         model.init_evolution(**arguments)
@@ -125,7 +126,7 @@ def evolved(model: nn.Module, **arguments) -> Iterator[Evolved]:
         ValueError: Likewise.
     """
     if not isinstance(model, Evolved):
-        evolve(model, **arguments)
+        model = evolve(model, **arguments)
         try:
             yield model
         finally:
@@ -142,7 +143,7 @@ def evolved(model: nn.Module, **arguments) -> Iterator[Evolved]:
 
 
 def _is_default(name: str, value: object) -> bool:
-    default = evolve.__kwdefaults__[name]
+    default = evolve.__kwdefaults__[name]  # pyright: ignore[reportOptionalSubscript]  # it has some
     return type(value) is type(default) and value == default  # 1 is no True
 
 

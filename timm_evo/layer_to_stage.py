@@ -11,6 +11,7 @@ import functools
 import itertools
 import threading
 import weakref
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .schedule import Schedule, cut_schedule, make_layerwise
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+    _Module = nn.Module  # which stands behind `LayerToStage` in the bases of a model
+else:
+    _Module = object
 
 __all__ = ['LayerToStage']
 
@@ -73,8 +80,9 @@ def _counting_models() -> list[tuple['LayerToStage', _Count]]:
 @functools.cache
 def _watch_optimizers() -> None:
     """Be called back by every optimizer from now on; where no model counts, no optimizer is looked at."""
-    register_optimizer_step_pre_hook(_begin_step)
-    register_optimizer_step_post_hook(_end_step)
+    # `torch.compiler.disable` does not say that it keeps the signature
+    register_optimizer_step_pre_hook(_begin_step)  # pyright: ignore[reportArgumentType]
+    register_optimizer_step_post_hook(_end_step)  # pyright: ignore[reportArgumentType]
 
 
 @torch.compiler.disable  # a compiled step would be compiled again for each value of the count
@@ -125,13 +133,16 @@ def _count_tensor(value: int, device: torch.device | None = None) -> Tensor:
         return torch.tensor(value, device=device)
 
 
-class LayerToStage:
+class LayerToStage(_Module):
     """Layer-wise selection until a number of optimizer updates have been made, stage-wise from then on.
 
     To stand before a timm class in the bases of a model. The count is a buffer, `num_updates`, so that checkpoints,
     averaged copies and ranks have it. It is there only with such a schedule; a state dict with and one without it both
     load strictly.
     """
+    if TYPE_CHECKING:  # no annotations at run time, which TorchScript would read as those of the model's class
+        schedule: Schedule  # the one in force
+        num_updates: Any  # Tensor | None, a buffer
 
     def _init_schedule(self, schedule: Schedule, layerwise_updates: int) -> None:
         """Set the schedule, and for how many updates a layer-wise one precedes it; a count that is there goes on."""
@@ -147,7 +158,7 @@ class LayerToStage:
             self._count = _Count()
         if layerwise_updates:
             self._start_counting()
-        self.schedule: Schedule | None = None  # the one in force
+        self.schedule = None  # pyright: ignore[reportAttributeAccessIssue]  # until the next line
         self._take_schedule()
         self._read_count()
 
@@ -221,19 +232,19 @@ class LayerToStage:
         if self._count.buffer_state is None or self._count.buffer_state != _state_of(self.num_updates):
             self._read_count()
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> 'Self':
         """Set training or evaluation mode, as `nn.Module.train`; a compiled model follows a written count here."""
         super().train(mode)
         self._read_count()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
         key = f'{prefix}num_updates'
         if self.num_updates is None:
             state_dict.pop(key, None)
         else:
             state_dict.setdefault(key, _count_tensor(self._count.value))  # not the buffer, which may have no value yet
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._read_count()
 
     def __setstate__(self, state: dict) -> None:

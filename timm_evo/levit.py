@@ -8,7 +8,7 @@ to find the biases of the tokens it is given. Weights and all other modules stay
 """
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
@@ -44,6 +44,18 @@ from .schedule import (
 
 __all__ = ['EvoLevit', 'LevitEvolution']
 
+if TYPE_CHECKING:
+    _Dense = Levit  # which stands behind `LevitEvolution` in the bases of a model
+
+    class _DenseAttention(nn.Module):
+        """What the two attentions have in common, which stand behind `_ScoringAttention`."""
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+        def reset_parameters(self) -> None: ...
+        def init_non_persistent_buffers(self) -> None: ...
+else:
+    _Dense, _DenseAttention = object, nn.Module
+
 # PyTorch's counter knows the product that returns its sum with a matrix, but not the one that adds to it in place.
 if torch.ops.aten.baddbmm_ not in flop_registry:
     register_flop_formula(torch.ops.aten.baddbmm_, get_raw=True)(flop_registry[torch.ops.aten.baddbmm])
@@ -53,7 +65,8 @@ if torch.ops.aten.baddbmm_ not in flop_registry:
 def _split_heads(x: Tensor, num_heads: int, dims: list[int]) -> list[Tensor]:
     """Projections of all heads (B, L, H * sum of dims) to one tensor (H * B, L, d) for each of `dims`, copied once."""
     heads = x.view(x.shape[0], x.shape[1], num_heads, sum(dims)).permute(2, 0, 1, 3)
-    return heads.reshape(num_heads * x.shape[0], x.shape[1], sum(dims)).split(dims, dim=2)
+    heads = heads.reshape(num_heads * x.shape[0], x.shape[1], sum(dims))
+    return heads.split(dims, dim=2)  # pyright: ignore[reportReturnType]  # a list to TorchScript
 
 
 @torch.fx.wrap
@@ -155,7 +168,7 @@ def _gather_biases(biases: Tensor, positions: Tensor, query: Tensor) -> Tensor:
     return gathered if gathered.dtype == query.dtype else gathered.to(query.dtype)
 
 
-class _ScoringAttention(nn.Module):
+class _ScoringAttention(_DenseAttention):
     """What both attentions have beside timm's: alpha, and maybe no biases.
 
     Attributes:
@@ -233,7 +246,7 @@ class _ScoringAttention(nn.Module):
             super().init_non_persistent_buffers()
 
 
-class EvoAttention(_ScoringAttention, Attention):
+class EvoAttention(_ScoringAttention, Attention):  # pyright: ignore[reportIncompatibleMethodOverride]
     """timm's LeViT `Attention`, over the tokens of a selection."""
     attention_bias_cache: dict[str, Tensor]  # TorchScript does not look at base classes
 
@@ -244,7 +257,7 @@ class EvoAttention(_ScoringAttention, Attention):
         return _bias_positions(
             self.attention_bias_idxs, slow, representative, self.attention_biases.shape[1])
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
             self,
             x: Tensor,
             scores: Tensor | None,
@@ -276,8 +289,11 @@ class EvoAttention(_ScoringAttention, Attention):
         return self.proj(_gather_values(attn, v, self.num_heads)), scores
 
 
-class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
+class EvoAttentionDownsample(  # pyright: ignore[reportIncompatibleMethodOverride]
+        _ScoringAttention, AttentionDownsample):
     """timm's LeViT `AttentionDownsample`, with a class token that goes along, and scores that are downsampled, too."""
+    if TYPE_CHECKING:
+        q: Any
     attention_bias_cache: dict[str, Tensor]  # TorchScript does not look at base classes
 
     def init_evolution(self, tradeoff: float, learn_tradeoff: bool, class_token: bool) -> None:
@@ -301,7 +317,8 @@ class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
             return self.q.down(x)
         return torch.cat([x[:, :1], self.q.down(x[:, 1:])], dim=1)
 
-    def forward(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Attend with the tokens that are left to all, and evolve the scores.
 
         Args:
@@ -331,7 +348,7 @@ class EvoAttentionDownsample(_ScoringAttention, AttentionDownsample):
 class EvoLevitBlock(LevitBlock):
     """timm's `LevitBlock` around `EvoAttention`."""
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
             self,
             x: Tensor,
             scores: Tensor | None,
@@ -347,7 +364,8 @@ class EvoLevitBlock(LevitBlock):
 class EvoLevitDownsample(LevitDownsample):
     """timm's `LevitDownsample` around `EvoAttentionDownsample`."""
 
-    def forward(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Sequence and scores of the smaller grid, see `EvoAttentionDownsample.forward`."""
         x, scores = self.attn_downsample(x, scores)
         return x + self.drop_path(self.mlp(x)), scores
@@ -355,8 +373,15 @@ class EvoLevitDownsample(LevitDownsample):
 
 class EvoLevitStage(LevitStage):
     """timm's `LevitStage`, whose blocks run the slow tokens of a selection."""
+    if TYPE_CHECKING:
+        begins: list[bool]
+        keep_ratio: list[float]
+        num_prefix_tokens: int
+        fast_update: bool
+        blocks: Any
 
-    def forward(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Downsample, if this is not the first stage, and run the blocks.
 
         Args:
@@ -393,7 +418,7 @@ class EvoLevitStage(LevitStage):
         return evolution.begin_segment(x, scores, keep_ratio, self.num_prefix_tokens, self.fast_update)
 
 
-class LevitEvolution(Evolved):
+class LevitEvolution(Evolved, _Dense):
     """Token evolution for a timm `Levit`, to stand before it in the bases of a class.
 
     The attention that the average of the patch tokens pays gives the scores, because the head reads that average.
@@ -402,18 +427,23 @@ class LevitEvolution(Evolved):
     """
     WEIGHTED_ARGUMENTS = frozenset(['learn_tradeoff', 'class_token', 'class_head'])
     ABSENT_ARGUMENTS = {'stage_depth': 'each of its stages is a segment'}
+    if TYPE_CHECKING:
+        stages: Any
+        img_size: tuple[int, int]
+        cls_token: Any
+        pos_embed: Any
 
     def __init__(self, img_size: int | tuple[int, int] = 224, **kwargs) -> None:
         evolution_args, kwargs = split_arguments(self.init_evolution, kwargs)
         super().__init__(img_size, **kwargs)
         stride = self.feature_info[0]['reduction']
-        img_size = to_2tuple(img_size)
-        if any(size % stride for size in img_size):
+        sides = to_2tuple(img_size)
+        if any(size % stride for size in sides):
             raise ValueError(
-                f'img_size={img_size} is not allowed, height and width must be multiples of {stride}: the stages halve '
-                f'a grid of {" x ".join(str(size // stride) for size in img_size)}, the stem would give another.')
+                f'img_size={sides} is not allowed, height and width must be multiples of {stride}: the stages halve '
+                f'a grid of {" x ".join(str(size // stride) for size in sides)}, the stem would give another.')
         self.init_evolution(**evolution_args)
-        self.img_size = img_size
+        self.img_size = sides  # pyright: ignore[reportAttributeAccessIssue]  # two of them
 
     def init_evolution(
             self,
@@ -463,7 +493,7 @@ class LevitEvolution(Evolved):
         self._depths = [len(stage.blocks) for stage in self.stages]  # of the schedule; pruning leaves fewer stages
         self._num_patches = [attn.attention_bias_idxs.shape[1] for attn in attentions]  # that each selects from
         self.learn_tradeoff = learn_tradeoff
-        arguments = dict(
+        arguments: dict[str, Any] = dict(
             keep_ratio=keep_ratio, start_block=start_block, selection=selection, tradeoff=tradeoff,
             fast_update=fast_update, layerwise_updates=layerwise_updates)
         schedule = self._check_evolution(**arguments)
@@ -478,7 +508,8 @@ class LevitEvolution(Evolved):
             self.pos_embed = nn.Parameter(weight.new_empty(1, 1 + num_patches, self.embed_dim[0]))
             trunc_normal_(self.pos_embed, std=.02)
         for attn, alpha in zip(attentions, schedule.tradeoff, strict=True):
-            attn.__class__ = EvoAttention if isinstance(attn, Attention) else EvoAttentionDownsample
+            attn.__class__ = (  # pyright: ignore[reportAttributeAccessIssue]
+                EvoAttention if isinstance(attn, Attention) else EvoAttentionDownsample)
             attn.init_evolution(alpha, learn_tradeoff, class_token)
         self.stages.__class__ = nn.ModuleList  # no nn.Sequential, stages and blocks pass more than one tensor on
         for stage in self.stages:
@@ -548,9 +579,9 @@ class LevitEvolution(Evolved):
             module.__class__ = dense.get(type(module), type(module))
         self.stages.__class__ = nn.Sequential
 
-    def _attentions(self) -> list[Attention | AttentionDownsample]:
+    def _attentions(self) -> 'list[EvoAttention | EvoAttentionDownsample]':
         """All attentions in the order of the schedule."""
-        attentions = []
+        attentions = []  # dense ones before `init_evolution`
         for stage in self.stages:
             if not isinstance(stage.downsample, nn.Identity):
                 attentions.append(stage.downsample.attn_downsample)
@@ -589,13 +620,13 @@ class LevitEvolution(Evolved):
         if class_head:
             raise ValueError(f'class_head=True is not allowed, {type(self).__name__} has one head of its own.')
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay: position embeddings in whatever form, class token, learned trade-offs."""
         names = ('attention_biases', 'pos_embed', 'cls_token', 'learn_tradeoff')
         return {name for name, _ in self.named_parameters() if name.endswith(names)}
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups, as timm's; class token and position embeddings at the input are of the stem."""
         return dict(super().group_matcher(coarse), stem=r'^stem|^cls_token|^pos_embed')
@@ -707,8 +738,8 @@ class EvoLevit(LevitEvolution, LevitDistilled):
         head = NormLinear(self.num_features, self.num_classes, drop=self.drop_rate)
         return head.to(next(self.head.parameters())).train(self.training)
 
-    @torch.jit.ignore
-    def get_classifier(self) -> tuple[nn.Module, ...]:
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
+    def get_classifier(self) -> tuple[nn.Module, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The heads: `head`, `head_dist`, and with `class_head=True` `head_cls`, `head_cls_dist`."""
         heads = (self.head, self.head_dist)
         return (*heads, self.head_cls, self.head_cls_dist) if self.class_head else heads
@@ -733,11 +764,11 @@ class EvoLevit(LevitEvolution, LevitDistilled):
             logits = (logits + self.head_cls(x_cls)) / 2
             logits_dist = (logits_dist + self.head_cls_dist(x_cls)) / 2
         if self.distilled_training and self.training and not torch.jit.is_scripting():
-            return logits, logits_dist
+            return logits, logits_dist  # pyright: ignore[reportReturnType]  # TorchScript leaves this branch out
         return (logits + logits_dist) / 2
 
 
-def evolved_class(dense_cls: type[Levit]) -> type[LevitEvolution]:
+def evolved_class(dense_cls: type[Levit]) -> type[Evolved]:
     """The evolved class of timm's class, or of a subclass of it.
 
     Raises:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 from torch.torch_version import TorchVersion
@@ -69,7 +69,8 @@ def _build_vit(dense: str, **kwargs) -> nn.Module:
 def _build_levit(dense: str, **kwargs) -> nn.Module:
     from . import levit
     levit.EvoLevit.check_model_names(kwargs)
-    model = levit.EvoLevit(**dict(levit_cfgs[dense], **kwargs))
+    arguments: dict[str, Any] = dict(levit_cfgs[dense], **kwargs)
+    model = levit.EvoLevit(**arguments)
     model.dense_architecture = dense
     return model
 
@@ -117,7 +118,7 @@ def _register(variant: str, dense: str, family: _Family, cfgs: dict[str, Pretrai
         cfgs: Pretrained configurations by name and tag.
         **defaults: Arguments of the evolved model that differ from its class's own.
     """
-    default_cfgs.update(generate_default_cfgs(cfgs))
+    default_cfgs.update(generate_default_cfgs({**cfgs}))
 
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
         return _create(variant, dense, family, pretrained=pretrained, **(defaults | kwargs))
@@ -137,7 +138,9 @@ def _register_twin(dense: str, family: _Family) -> None:
 
 
 def _without_weights(dense: str) -> PretrainedCfg:
-    return replace(get_pretrained_cfg(dense), url='', hf_hub_id=None)
+    cfg = get_pretrained_cfg(dense)
+    assert cfg is not None
+    return replace(cfg, url='', hf_hub_id=None)
 
 
 # What has no twin in timm's modules with vision transformers: differential attention, which takes one attention off

@@ -45,7 +45,7 @@ def _per_entry(name: str, value: float | Sequence[float], length: int, entry: st
             raise ValueError(
                 f'{name}={value!r} has {len(value)} values, it must be one number or one per {entry}, {length} here.')
         return list(value)
-    return [value] * length
+    return [value] * length  # pyright: ignore[reportReturnType]  # `_check_share` refuses a string
 
 
 def make_schedule(
@@ -120,7 +120,11 @@ def make_similarity_schedule(
                     f'keep_ratio={keep_ratio!r} is not allowed, a share of {share:g} cannot follow one of {before:g}: '
                     "in selection='similarity' it never grows from block to block, and at most halves.")
     else:
-        keep_ratio = _check_share('keep_ratio', keep_ratio, '(0, 1]', low_included=False)
+        keep_ratio = _check_share(
+            'keep_ratio',
+            keep_ratio,  # pyright: ignore[reportArgumentType]  # a number, or a string, which is refused
+            '(0, 1]',
+            low_included=False)
         end = max(depth - 1, first + 1)  # of the blocks that count
         num_dense = _default_start(depth) - first if start_block is None else 0
         powers = [i // 2 + 1 for i in range(end - first)]
@@ -209,9 +213,10 @@ def make_layerwise(schedule: Schedule) -> Schedule:
 
 def cut_schedule(schedule: Schedule, length: int) -> Schedule:
     """The schedule of a model that has lost all but its first entries; scores for lost selections go, too."""
-    begins, keep_ratio, scored, tradeoff = (entries[:length] for entries in schedule)
+    begins, keep_ratio = schedule.begins[:length], schedule.keep_ratio[:length]
     last = _last_selection(begins, keep_ratio)
-    return Schedule(begins, keep_ratio, [read and i < last for i, read in enumerate(scored)], tradeoff)
+    scored = [read and i < last for i, read in enumerate(schedule.scored[:length])]
+    return Schedule(begins, keep_ratio, scored, schedule.tradeoff[:length])
 
 
 def check_layerwise_updates(layerwise_updates: int, selection: str) -> None:
@@ -309,7 +314,9 @@ def _per_segment(
     ratios = _per_entry('keep_ratio', keep_ratio, len(firsts), 'segment')
     ratios = [_check_share('keep_ratio', ratio, '(0, 1]', low_included=False) for ratio in ratios]
     by_first = dict(zip(firsts, ratios, strict=True)) | dict.fromkeys(dense, 1.)
-    per_entry = list(itertools.accumulate(range(length), lambda ratio, i: by_first.get(i, ratio), initial=1.))[1:]
+    per_entry: list[float] = []
+    for i in range(length):
+        per_entry.append(by_first.get(i, per_entry[-1] if per_entry else 1.))
     return [i in by_first for i in range(length)], per_entry
 
 

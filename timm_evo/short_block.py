@@ -7,6 +7,8 @@ values can be applied to the one query and to the one sum then, instead of to ev
 It is taken only where nobody can tell: no module of the block is replaced, and nothing that would see other tokens than
 with the whole block is watched, by hooks or an own method.
 """
+from typing import Any
+
 import torch
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ _KNOWN_ORIGINS = ('timm.', 'torch.nn.modules.')
 
 
 @torch.compiler.assume_constant_result  # what is compiled does not see hooks that come later, as everywhere
-def can_be_short(model: nn.Module) -> bool:
+def can_be_short(model: Any) -> bool:
     """Whether `forward_first` may take the place of the last block of a model, and nobody can tell."""
     block = model.blocks[-1]
     if not (type(block) is Block and type(block.attn) is Attention):
@@ -81,7 +83,7 @@ def forward_first(block: Block, x: Tensor, num_tokens: int, attn_mask: Tensor | 
     Returns:
         The first tokens after the block (B, num_tokens, C).
     """
-    attn = block.attn
+    attn: Any = block.attn
     y = block.norm1(x)
     attention = folded_attention(
         y[:, :num_tokens], y, attn.qkv.weight, attn.qkv.bias, attn.num_heads, attn.scale, attn_mask)

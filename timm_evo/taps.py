@@ -12,6 +12,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models.vision_transformer import (
@@ -64,7 +65,7 @@ class Tap:
         for module in block.modules():
             # not where the class has been changed once more, as by a parametrization, which would be lost
             if isinstance(module, _Tapped) and 'norm_cls' in vars(type(module)):
-                module.__class__ = module.norm_cls
+                module.__class__ = module.norm_cls  # pyright: ignore[reportAttributeAccessIssue]
                 del module.tap, module.attention
 
 
@@ -178,6 +179,11 @@ class _Tapped(nn.Module):
 
     What the norm computes is left alone; TorchScript compiles nothing else.
     """
+    if TYPE_CHECKING:
+        tap: Tap
+        attention: tuple[Any]
+        norm_cls: type[nn.Module]
+
     __jit_ignored_attributes__ = ['tap', 'attention']
 
     def _by_heads(self, x: Tensor) -> Tensor:
@@ -229,7 +235,7 @@ def _new(norm_cls: type[nn.Module], tapped_cls: type[_Tapped]) -> _Tapped:
     return cls.__new__(cls)
 
 
-def _attentions(block: nn.Module) -> list[nn.Module]:
+def _attentions(block: Any) -> list[Any]:
     """The modules of a block that have `q_norm`, `k_norm` and `scale`."""
     if isinstance(block, ParallelThingsBlock):
         return [part.attn for part in block.attns]

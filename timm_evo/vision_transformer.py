@@ -7,7 +7,7 @@ through a block.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
@@ -39,6 +39,12 @@ __all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'TokenEvolut
 exec("torch.fx.wrap('resample_abs_pos_embed')", VisionTransformer._pos_embed.__globals__)
 
 
+if TYPE_CHECKING:
+    _Dense = VisionTransformer  # which stands behind `TokenEvolution` in the bases of a model
+else:
+    _Dense = object
+
+
 def _without_weights(module: nn.Module) -> nn.Module:
     """A copy of a module that computes the same and trains, saves and loads nothing."""
     module = copy.deepcopy(module)
@@ -54,7 +60,7 @@ def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         raise ValueError('Token evolution takes no attention mask, attn_mask must be None and is_causal False.')
 
 
-class TokenEvolution(ClassAttentionBeside, Evolved):
+class TokenEvolution(ClassAttentionBeside, Evolved, _Dense):
     """Token evolution for a timm `VisionTransformer`, to stand before it in the bases of a class.
 
     The blocks stay timm's own. Class attention is taken from their own calls, and only where a later selection reads
@@ -124,7 +130,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
         for block in self.blocks:
             taps.Tap.remove(block)
 
-    def _set_evolution(
+    def _set_evolution(  # pyright: ignore[reportIncompatibleMethodOverride]  # they come by name
             self,
             keep_ratio: float | Sequence[float],
             start_block: int | None,
@@ -346,7 +352,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
             x = similarity.follow_averages(before, averages, x, follows)
         return x
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def _call_and_score(
             self,
             index: int,
@@ -433,7 +439,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved):
         x, _ = self._forward_blocks(x, grid_width, [])
         return self.norm(x)
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def _call_blocks(self, x: Tensor, grid_width: int | None) -> Tensor:
         """Run the blocks as the one module that they are in timm's model, for the hooks on it."""
         blocks = copy.copy(self.blocks)
@@ -525,8 +531,9 @@ class EvoVisionTransformer(TokenEvolution, VisionTransformer):
         init_weights_vit_timm(self.head_cls)
         self.distilled_training = False  # must be True to train each head on a target of its own
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
+    def get_classifier(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self) -> nn.Module | tuple[nn.Module, nn.Module]:
         """The classifier head, or both with `class_head=True`, as timm's `VisionTransformerDistilled`."""
         return (self.head, self.head_cls) if self.class_head else self.head
 
@@ -538,7 +545,7 @@ class EvoVisionTransformer(TokenEvolution, VisionTransformer):
             self._init_class_head(self.global_pool == 'avg')
             self.norm_cls = norm_cls if self.class_head else self.norm_cls
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def set_distilled_training(self, enable: bool = True) -> None:
         """Return the logits of both heads separately while training, as timm's `VisionTransformerDistilled`."""
         if enable and not self.class_head:
@@ -554,7 +561,7 @@ class EvoVisionTransformer(TokenEvolution, VisionTransformer):
         x_cls = self.head_drop(self.norm_cls(x[:, 0]))
         logits_cls = x_cls if pre_logits else self.head_cls(x_cls)
         if self.distilled_training and self.training and not pre_logits and not torch.jit.is_scripting():
-            return logits, logits_cls
+            return logits, logits_cls  # pyright: ignore[reportReturnType]  # TorchScript leaves this branch out
         return (logits + logits_cls) / 2
 
 
@@ -569,7 +576,7 @@ class EvoVisionTransformerDistilled(TokenEvolution, VisionTransformerDistilled):
 _REPLACED = ('forward', 'forward_features', 'forward_intermediates', 'get_intermediate_layers')
 
 
-def evolved_class(dense_cls: type[VisionTransformer]) -> type[TokenEvolution]:
+def evolved_class(dense_cls: type[VisionTransformer]) -> type[Evolved]:
     """The evolved class of timm's class, or of a subclass of it.
 
     Raises:
