@@ -5,7 +5,6 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs, is_model
-from torch import nn
 
 from .arguments import argument_names, nearest
 from .cost import count_gmacs
@@ -70,7 +69,7 @@ def summarise(name: str, **kwargs: Any) -> str:
     return '\n'.join(lines)
 
 
-def _count_tokens(model: nn.Module, image: torch.Tensor) -> list[int]:
+def _count_tokens(model: Evolved, image: torch.Tensor) -> list[int]:
     """Number of tokens that enter each block."""
     numbers: list[int] = []
     blocks = model.blocks if hasattr(model, 'blocks') else [block for stage in model.stages for block in stage.blocks]

@@ -3,7 +3,7 @@
 The model runs as it is, as a shallow copy whose methods that select tokens are listened to.
 """
 import copy
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,16 @@ from .evolved_model import Evolved, evaluating, find_evolved
 from .levit import LevitEvolution
 
 __all__ = ['Selection', 'trace']
+
+if TYPE_CHECKING:
+    class _Listening:
+        """The class of the module that is copied, which stands behind."""
+        num_prefix_tokens: int
+        fast_update: bool
+        _begin_segment: Any
+        _match_tokens: Any
+else:
+    _Listening = object
 
 REPRESENTATIVE, NOTHING = -1, -2  # that a patch follows
 
@@ -101,7 +111,11 @@ def _published(
     return Selection(block, is_slow, scores[:, num_prefix_tokens:].reshape(size), follows)
 
 
-class _ListeningStage:
+class _ListeningStage(_Listening):
+    if TYPE_CHECKING:
+        selections: list[Selection]
+        grid: tuple[int, int]
+        first_block: int
 
     def _begin_segment(self, index, x, scores, keep_ratio):
         segment = super()._begin_segment(index, x, scores, keep_ratio)
@@ -123,6 +137,7 @@ class _ListeningVit(_ListeningStage):
         tokens = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         if self.present is None:
             self.present = self.leader = tokens
+        assert self.leader is not None
         left, follows = similarity.places_after(goes, into, x.shape[1])
         place = torch.zeros_like(self.leader).scatter(1, self.present, tokens).gather(1, self.leader)
         self.present = self.present.gather(1, left)

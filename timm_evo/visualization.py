@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
 import torch
@@ -109,16 +109,17 @@ def write_page(
                 'gmacs': round(count_gmacs(evolved_model, pixels), 3),
                 'selections': [_describe(selection) for selection in trace(evolved_model, pixels)],
             })
-            name, depth = evolved_model.dense_architecture or type(evolved_model).__name__, _count_blocks(evolved_model)
-            selection = evolved_model.evolution['selection']
+            name = evolved_model.dense_architecture or type(evolved_model).__name__
+            shown = photo, name, _count_blocks(evolved_model), evolved_model.evolution['selection']
     buffer = io.BytesIO()
+    photo, name, depth, selection = shown  # pyright: ignore[reportPossiblyUnboundVariable]  # there is a keep ratio
     Image.fromarray((photo * 255).round().byte().numpy()).save(buffer, 'PNG')
     data = {
         'model': name, 'selection': selection, 'depth': depth, 'runs': runs,
         'image': 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode(),
         'width': photo.shape[1], 'height': photo.shape[0],
     }
-    page = files(__package__).joinpath(PAGE).read_text(encoding='utf-8')
+    page = files('timm_evo').joinpath(PAGE).read_text(encoding='utf-8')
     text = json.dumps(data).replace('<', '\\u003c')  # a name cannot end the script
     Path(file).write_text(page.replace('"DATA"', text), encoding='utf-8')
 
@@ -134,15 +135,19 @@ def _evolved(model: nn.Module, evolution_args: dict):
 def _prepare(image: Image.Image | str | Path | Tensor, model: Evolved) -> tuple[Tensor, Tensor]:
     """What the model takes (1, C, H, W), and the same to look at (H, W, C), in [0, 1]."""
     config = resolve_data_config({'input_size': input_size(model)}, model=model)
-    if not isinstance(image, Tensor):
+    if isinstance(image, Tensor):
+        pixels = image
+    else:
+        opened: Any = image
         if not isinstance(image, Image.Image):
-            with Image.open(image) as opened:
-                image = opened.convert('RGB')
-        image = create_transform(**config)(image.convert('RGB'))
+            with Image.open(image) as file:
+                opened = file.convert('RGB')
+        transform: Any = create_transform(**config)  # one, where timm says that it may be several
+        pixels = transform(opened.convert('RGB'))
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-    photo = (image.detach().cpu().float() * std + mean).clamp(0, 1).permute(1, 2, 0)
+    photo = (pixels.detach().cpu().float() * std + mean).clamp(0, 1).permute(1, 2, 0)
     weight = next(model.parameters())
-    return image.unsqueeze(0).to(weight.device, weight.dtype), photo
+    return pixels.unsqueeze(0).to(weight.device, weight.dtype), photo
 
 
 def _count_blocks(model: Evolved) -> int:
@@ -184,7 +189,7 @@ def _draw_groups(axis: 'Axes', photo: Tensor, selection: Selection) -> None:
     is_alone = _to_pixels((number[follows] == 1), photo).unsqueeze(2).bool()
     axis.imshow(photo.where(is_alone, painted).numpy())
     y_step, x_step = photo.shape[0] / height, photo.shape[1] / width
-    ends = dict(color='white', linewidth=0.5)
+    ends: dict[str, Any] = dict(color='white', linewidth=0.5)
     below, beside = follows[1:] != follows[:-1], follows[:, 1:] != follows[:, :-1]
     for y, x in below.nonzero().tolist():
         axis.plot([x * x_step - 0.5, (x + 1) * x_step - 0.5], [(y + 1) * y_step - 0.5] * 2, **ends)
