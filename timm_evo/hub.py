@@ -15,7 +15,7 @@ from torch import nn
 
 from .arguments import plain
 from .cost import count_gmacs
-from .evolved_model import Evolved, architecture, evaluating, input_size
+from .evolved_model import Evolved, evaluating, input_size
 
 __all__ = ['model_card', 'push', 'save']
 
@@ -168,7 +168,7 @@ def _check_name(model: nn.Module) -> None:
     if not hasattr(model, 'pretrained_cfg'):
         raise ValueError(
             f'{type(model).__name__} cannot be loaded by timm, it has no name: timm.create_model has not made it.')
-    name = architecture(model)
+    name = cast(Evolved, model).pretrained_cfg['architecture']
     if not name.startswith('evo_'):
         raise ValueError(
             f'A model that evolve has made of {name} would be loaded as dense as it was created. Save it as {name}, or '
