@@ -24,17 +24,35 @@ def evolve_slowly(
     Returns:
         Full sequences (B, P + N, C) after each block.
     """
-    sequences = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    sequences, ropes = embed(model, images)
     selected = [] if selected is None else selected
     selected += [[] for _ in sequences]
     per_image = [
-        _evolve_image(model, x, keep_ratios, tradeoff, fast_update, of_image)
-        for x, of_image in zip(sequences, selected, strict=True)
+        _evolve_image(model, x, rope, keep_ratios, tradeoff, fast_update, of_image)
+        for x, rope, of_image in zip(sequences, ropes, selected, strict=True)
     ]
     return [torch.stack(outputs) for outputs in zip(*per_image, strict=True)]
 
 
-def _evolve_image(model, x, keep_ratios, tradeoff, fast_update, selected) -> list[Tensor]:
+def embed(model, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    """Sequences (B, P + N, C), and for each image the rotations of its patches by block and head (D, H, N, 2 * d)."""
+    x, rope = model._pos_embed(model.patch_embed(images)), None
+    if isinstance(x, tuple):
+        x, rope = x
+    x = model.norm_pre(x)
+    if rope is None:
+        return x, [None] * len(x)
+    if not model.rope_mixed:
+        rope = rope.unsqueeze(0)  # for all blocks
+    if rope.ndim == (3 if not model.rope_mixed else 4):
+        rope = rope.unsqueeze(1).expand(-1, len(x), *rope.shape[1:])  # for all images
+    if rope.ndim == 4:
+        rope = rope.unsqueeze(2)  # for all heads
+    heads, blocks = model.blocks[0].attn.num_heads, len(model.blocks)
+    return x, list(rope.expand(blocks, -1, heads, -1, -1).unbind(1))
+
+
+def _evolve_image(model, x, rope, keep_ratios, tradeoff, fast_update, selected) -> list[Tensor]:
     num_prefix = model.num_prefix_tokens
     prefix, patches = list(x[:num_prefix]), list(x[num_prefix:])
     scores = None
@@ -54,7 +72,8 @@ def _evolve_image(model, x, keep_ratios, tradeoff, fast_update, selected) -> lis
                 representative = sum(scores[j] / total * patches[j] for j in placeholders)
 
         tokens = prefix + [patches[j] for j in slow] + ([] if representative is None else [representative])
-        tokens, attention = run_block(model, block, torch.stack(tokens), len(slow))
+        rotations = None if rope is None else {num_prefix + t: rope[i, :, j] for t, j in enumerate(slow)}
+        tokens, attention = run_block(model, block, torch.stack(tokens), len(slow), rotations=rotations)
 
         attention = attention[num_prefix:num_prefix + len(slow)]
         if scores is None:
@@ -76,12 +95,22 @@ def _evolve_image(model, x, keep_ratios, tradeoff, fast_update, selected) -> lis
     return outputs
 
 
-def run_block(model, block, x: Tensor, num_slow: int, log_size: Tensor | float = 0.) -> tuple[Tensor, Tensor]:
+def run_block(
+        model,
+        block,
+        x: Tensor,
+        num_slow: int,
+        log_size: Tensor | float = 0.,
+        rotations: dict[int, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """One block on the tokens (L, C) of one image, and the attention (L,) that scores them.
 
-    A token that counts as many is looked at as often: the logarithm of its size (L,) is added to the products.
+    A token that counts as many is looked at as often: the logarithm of its size (L,) is added to the products. Tokens
+    that stand for a place have a rotation (H, 2 * d), by their position among the tokens.
     """
     kind = type(block).__name__
+    if kind in ('EvaBlock', 'EvaBlockPostNorm'):
+        return _run_eva_block(model, block, x, num_slow, log_size, rotations or {})
     if kind == 'ParallelThingsBlock':
         outs, attentions = zip(*(
             _attend(model, part.attn, part.attn.qkv(part.norm(x)), num_slow, log_size) for part in block.attns
@@ -120,3 +149,55 @@ def _attend(model, attn, qkv: Tensor, num_slow: int, log_size: Tensor | float) -
     query = q[:, 0] if model.has_class_token else q[:, num_prefix:num_prefix + num_slow].mean(1)
     attention = ((query.unsqueeze(1) * k).sum(-1) * attn.scale).softmax(-1).sum(0)
     return out.transpose(0, 1).reshape(num_tokens, -1), attention
+
+
+def _run_eva_block(model, block, x, num_slow, log_size, rotations) -> tuple[Tensor, Tensor]:
+    if type(block).__name__ == 'EvaBlockPostNorm':
+        out, attention = _attend_rotated(model, block.attn, x, num_slow, log_size, rotations)
+        x = x + block.norm1(out)
+        return x + block.norm2(block.mlp(x)), attention
+    out, attention = _attend_rotated(model, block.attn, block.norm1(x), num_slow, log_size, rotations)
+    x = x + (out if block.gamma_1 is None else block.gamma_1 * out)
+    out = block.mlp(block.norm2(x))
+    return x + (out if block.gamma_2 is None else block.gamma_2 * out), attention
+
+
+def _attend_rotated(model, attn, x, num_slow, log_size, rotations) -> tuple[Tensor, Tensor]:
+    """What an attention of timm's `Eva` gives (L, C), and what scores the tokens (L,)."""
+    if attn.qkv is None:
+        q, k, v = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    else:
+        q, k, v = attn.qkv(x).chunk(3, dim=1)
+        if getattr(attn, 'q_bias', None) is not None:
+            q, v = q + attn.q_bias, v + attn.v_bias
+    head_dim = q.shape[1] // attn.num_heads
+    q, k, v = (y.view(len(x), -1, head_dim).transpose(0, 1) for y in (q, k, v))
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    group = attn.num_heads // len(k)  # so many heads share a key
+    q, k, v = q, k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
+    q, k = (
+        torch.stack([
+            _rotate(y[:, j], rotations[j], attn.rotate_half) if j in rotations else y[:, j] for j in range(len(x))], 1)
+        for y in (q, k)
+    )
+    out = (q @ k.transpose(1, 2) * attn.scale + log_size).softmax(-1) @ v
+    out = attn.norm(out.transpose(0, 1).reshape(len(x), -1))
+    if getattr(attn, 'gate', None) is not None:
+        out = out * attn.gate(x).sigmoid()
+
+    num_prefix = model.num_prefix_tokens
+    query = q[:, 0] if model.has_class_token else q[:, num_prefix:num_prefix + num_slow].mean(1)
+    attention = ((query.unsqueeze(1) * k).sum(-1) * attn.scale).softmax(-1).sum(0)
+    return attn.proj(out), attention
+
+
+def _rotate(x: Tensor, rotation: Tensor, half: bool) -> Tensor:
+    """Turn pairs of channels of one token (H, d), those of the two halves or neighbours, by angles (H, 2 * d)."""
+    sin, cos = rotation.chunk(2, dim=1)
+    d = x.shape[1]
+    pairs = [(c, c + d // 2) for c in range(d // 2)] if half else [(c, c + 1) for c in range(0, d, 2)]
+    turned = [torch.zeros(())] * d
+    for a, b in pairs:
+        turned[a] = x[:, a] * cos[:, a] - x[:, b] * sin[:, a]
+        turned[b] = x[:, b] * cos[:, b] + x[:, a] * sin[:, b]
+    return torch.stack(turned, dim=1)

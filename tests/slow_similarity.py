@@ -1,6 +1,6 @@
 """Selection by similarity once more, written to be obvious: one image at a time, lists of groups of patches."""
 import torch
-from slow_evolution import run_block
+from slow_evolution import embed, run_block
 from torch import Tensor
 
 
@@ -16,12 +16,16 @@ def average_slowly(model, images: Tensor, shares: list[float], selected: list | 
     Returns:
         Full sequences (B, P + N, C) after each block.
     """
-    sequences = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-    width = model.patch_embed.dynamic_feat_size(images.shape[2:])[1]
+    sequences, ropes = embed(model, images)
+    height, width = model.patch_embed.dynamic_feat_size(images.shape[2:])
+    if sequences.shape[1] != model.num_prefix_tokens + height * width:
+        width = None  # patches are dropped, so the others are no grid
     selected = [] if selected is None else selected
     selected += [[] for _ in sequences]
     per_image = [
-        _average_image(model, x, shares, width, of_image) for x, of_image in zip(sequences, selected, strict=True)]
+        _average_image(model, x, rope, shares, width, of_image)
+        for x, rope, of_image in zip(sequences, ropes, selected, strict=True)
+    ]
     return [torch.stack(outputs) for outputs in zip(*per_image, strict=True)]
 
 
@@ -34,7 +38,7 @@ class Group:
         self.size = torch.ones((), dtype=token.dtype)
 
 
-def _average_image(model, x: Tensor, shares: list[float], width: int, selected: list) -> list[Tensor]:
+def _average_image(model, x: Tensor, rope, shares: list[float], width: int | None, selected: list) -> list[Tensor]:
     num_prefix = model.num_prefix_tokens
     prefix, patches = list(x[:num_prefix]), list(x[num_prefix:])
     groups = [Group(place, token) for place, token in enumerate(patches)]
@@ -42,12 +46,14 @@ def _average_image(model, x: Tensor, shares: list[float], width: int, selected: 
     for i, block in enumerate(model.blocks):
         num_left = int(shares[i] * len(patches))
         if num_left < len(groups):
-            groups = _hand_over(model, groups, num_left, width, is_grid=len(groups) == len(patches))
+            groups = _hand_over(model, groups, num_left, width if len(groups) == len(patches) else None)
             selected.append((i, [list(group.places) for group in groups]))
 
         log_size = torch.stack([torch.zeros((), dtype=x.dtype)] * num_prefix + [group.size.log() for group in groups])
         tokens = torch.stack(prefix + [group.token for group in groups])
-        tokens, _ = run_block(model, block, tokens, len(groups), log_size.detach())
+        rotations = None if rope is None else {
+            num_prefix + t: rope[i, :, group.places[0]] for t, group in enumerate(groups)}
+        tokens, _ = run_block(model, block, tokens, len(groups), log_size.detach(), rotations)
 
         prefix = list(tokens[:num_prefix])
         for group, token in zip(groups, tokens[num_prefix:], strict=True):
@@ -58,9 +64,9 @@ def _average_image(model, x: Tensor, shares: list[float], width: int, selected: 
     return outputs
 
 
-def _hand_over(model, groups: list[Group], num_left: int, width: int, is_grid: bool) -> list[Group]:
-    """Average groups into others until some number is left."""
-    ranks = [sum(divmod(group.places[0], width)) if is_grid else i for i, group in enumerate(groups)]
+def _hand_over(model, groups: list[Group], num_left: int, width: int | None) -> list[Group]:
+    """Average groups into others until some number is left; the groups are a whole grid if it has a width."""
+    ranks = [sum(divmod(group.places[0], width)) if width else i for i, group in enumerate(groups)]
     sources = [group for group, rank in zip(groups, ranks, strict=True) if rank % 2 == 0]
     targets = [group for group, rank in zip(groups, ranks, strict=True) if rank % 2 == 1]
 

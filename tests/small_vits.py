@@ -10,6 +10,8 @@ def create(name: str, seed: int = 0, **kwargs) -> nn.Module:
     num_patches = 6
     patch_size = 7 if 'patch14' in name else 8
     reduction = 4 if '_r_s16_' in name else 1  # of the convolutions before the patches
+    if 'sapiens2' in name:
+        kwargs = dict(num_kv_heads=1) | kwargs  # as registered, it has a number for each of its blocks
     model = timm.create_model(name, **dict(
         img_size=num_patches * patch_size * reduction, patch_size=patch_size,
         embed_dim=48, num_heads=3, depth=6, num_classes=5,

@@ -27,6 +27,12 @@ FAMILIES = [
     'vit_base_patch14_reg1_tipsv2', 'flexivit_small', 'eva_large_patch14_196', 'aimv2_large_patch14_224',
     'beit3_base_patch16_224', 'vit_tiny_r_s16_p8_224', 'test_vit3', 'vit_small_patch16_18x2_224',
     'vit_base_patch16_xp_224', 'vit_pwee_patch16_reg1_gap_256', 'vit_base_patch16_rpn_224',
+    # timm's `Eva`
+    'eva_giant_patch14_224', 'eva02_tiny_patch14_224', 'eva02_base_patch16_clip_224', 'eva02_enormous_patch14_clip_224',
+    'vit_small_patch16_dinov3', 'vit_small_plus_patch16_dinov3_qkvb', 'vit_base_patch16_sapiens2',
+    'vit_small_patch16_lingbot', 'vit_small_patch16_rope_224', 'vit_small_patch16_rope_ape_224',
+    'vit_small_patch16_rope_mixed_224', 'vit_small_patch16_rope_mixed_ape_224', 'vit_medium_patch16_rope_reg1_gap_256',
+    'vit_pe_core_tiny_patch16_384', 'vit_pe_core_gigantic_patch14_448', 'vit_pe_spatial_tiny_patch16_512',
 ]
 REGISTERED = [
     name for name in timm.list_models('evo_*')
@@ -57,7 +63,8 @@ def test_twins_are_built_as_timm_builds_the_dense_models(monkeypatch):
         function = getattr(pretrained_filter_fn, 'func', pretrained_filter_fn)
         raise Built(function, getattr(pretrained_filter_fn, 'keywords', {}), pretrained_strict, feature_cfg)
 
-    modules = [f'timm.models.{name}' for name in ('vision_transformer', 'vision_transformer_hybrid', 'deit', 'levit')]
+    names = 'vision_transformer', 'vision_transformer_hybrid', 'deit', 'levit', 'eva'
+    modules = [f'timm.models.{name}' for name in names]
     for module in [*modules, 'timm_evo.registry']:
         monkeypatch.setattr(f'{module}.build_model_with_cfg', build)
     for name in REGISTERED:
@@ -76,7 +83,8 @@ def test_all_families_are_registered():
     for family in (
         'vit_{}_patch16_224', 'vit_{}_patch16_384', 'deit3_{}_patch16_224', 'vit_{}_patch16_clip_224',
         'vit_{}_patch14_clip_224', 'vit_{}_patch14_dinov2', 'vit_{}_patch14_reg4_dinov2', 'vit_{}_patch16_siglip_256',
-        'vit_{}_patch16_siglip_gap_256', 'flexivit_{}', 'vit_{}_r26_s32_224',
+        'vit_{}_patch16_siglip_gap_256', 'flexivit_{}', 'vit_{}_r26_s32_224', 'eva02_{}_patch14_224',
+        'vit_{}_patch16_dinov3', 'vit_{}_patch16_rope_224', 'vit_{}_patch16_rope_mixed_224',
     ):
         sizes = [size for size in ('tiny', 'small', 'base', 'large', 'huge', 'giant')
                  if family.format(size) in timm.list_models()]
@@ -402,7 +410,7 @@ def test_a_compiled_model_is_compiled_once_more():
     ('beit_base_patch16_224', 'Beit cannot be evolved, its attention has biases by relative position'),
     ('vit_relpos_small_patch16_224', 'VisionTransformerRelPos cannot .* biases by relative position'),
     ('swin_tiny_patch4_window7_224', 'SwinTransformer cannot .* biases by relative position'),
-    ('eva02_tiny_patch14_224', "Eva cannot be evolved, its forward pass is not that of timm's VisionTransformer"),
+    ('naflexvit_base_patch16_gap', "NaFlexVit cannot be evolved, its forward pass is not that of timm's"),
 ])
 def test_refused_by_name_with_the_reason(name, reason):
     model = timm.create_model(name)

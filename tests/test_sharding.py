@@ -40,6 +40,9 @@ MODELS = {
         'deit_tiny_patch16_224', dict(class_token=False, global_pool='avg'), dict(selection='layer')),
     'two heads': ('evo_deit_tiny_patch16_224', dict(global_pool='avg'), dict(selection='layer', class_head=True)),
     'distilled': ('evo_deit_tiny_distilled_patch16_224', {}, {}),
+    'rotations': ('vit_small_patch16_rope_mixed_224', {}, dict(selection='layer')),
+    'rotations, similarity': (
+        'eva02_tiny_patch14_224', {}, dict(selection='similarity', stage_depth=None, keep_ratio=0.5)),
     'similarity': ('deit_tiny_patch16_224', {}, dict(selection='similarity', stage_depth=None, keep_ratio=0.5)),
 }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
     from . import checkpoints, hub
     from .cost import count_gmacs
+    from .eva import EvoEva
     from .instances import evolve, evolved, restore
     from .levit import EvoLevit
     from .tracing import Selection, trace
@@ -20,9 +21,10 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
 
 __version__ = '0.1.0'
 __all__ = [
-    'EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'Selection', 'checkpoints', 'count_gmacs',
-    'evolve', 'evolved', 'hub', 'restore', 'trace', 'visualize']
+    'EvoEva', 'EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'Selection', 'checkpoints',
+    'count_gmacs', 'evolve', 'evolved', 'hub', 'restore', 'trace', 'visualize']
 _MODULES = {  # of the public names; the others are modules themselves
+    'EvoEva': 'eva',
     'EvoLevit': 'levit',
     'EvoVisionTransformer': 'vision_transformer',
     'EvoVisionTransformerDistilled': 'vision_transformer',

@@ -11,49 +11,132 @@ ONNX graph.
 Shapes: B images, P prefix tokens (class, distillation, registers), N patch tokens, K of them slow, C channels, H heads
 of d channels. Sequences are laid out as timm's: prefix first, then the patches in grid order. While a selection is
 open, the blocks see [prefix, slow tokens, representative token].
+
+Rotations are those of timm's rotary position embeddings: sines and cosines side by side, for all tokens but the prefix,
+(N, 2d), one per head (H, N, 2d), or of each image (B, 1 or H, N, 2d).
 """
 
 import torch
 import torch.fx
+from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
 
 @torch.fx.wrap
-def class_query(query: Tensor, class_token: bool, num_prefix_tokens: int, slow: Tensor | None) -> Tensor:
+def class_query(
+        query: Tensor,
+        class_token: bool,
+        num_prefix_tokens: int,
+        slow: Tensor | None,
+        rotation: Tensor | None = None,
+        rotate_half: bool = False,
+) -> Tensor:
     """Query that looks at the tokens: that of the class token, or without one the mean of those of the patch tokens.
 
     Args:
-        query: Queries of all tokens present (B, H, L, d).
+        query: Queries of all tokens present, not yet rotated (B, H, L, d).
         class_token: Whether the first token is the class token.
         num_prefix_tokens: Number of prefix tokens P.
         slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+        rotation: Rotations of the tokens present but the prefix, if they are rotated.
+        rotate_half: Whether a rotation turns the two halves of the channels, or pairs of neighbours.
 
     Returns:
-        One query per head (B, H, d).
+        One query per head, as the attention uses it (B, H, d).
     """
     if class_token:
         return query[:, :, 0]
-    return query[:, :, num_prefix_tokens:query.shape[2] if slow is None else slow.shape[1]].mean(dim=2)
+    query = query[:, :, num_prefix_tokens:query.shape[2] if slow is None else slow.shape[1]]
+    if rotation is not None:
+        query = apply_rot_embed_cat(query, rotation[..., :query.shape[2], :], half=rotate_half)
+    return query.mean(dim=2)
 
 
 @torch.fx.wrap
-def class_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention that the class token pays to every token, summed over the heads.
+def gather_rotations(rotation: Tensor, positions: Tensor, num_prefix_tokens: int, representative: bool) -> Tensor:
+    """Rotations of the tokens that go through the blocks.
 
-    Paper: class attention, section "Structure preserving token selection". Half precision is raised to float32: large
-    products would overflow, and small shares tie in ranks.
+    A token keeps the rotation of its place. The representative token stands for no place and is not rotated.
+
+    Args:
+        rotation: Rotations of all patch tokens (N, 2d), (H, N, 2d) or (B, 1 or H, N, 2d).
+        positions: Positions in the sequence of the prefix tokens and of K patch tokens (B, P + K).
+        num_prefix_tokens: Number of prefix tokens P.
+        representative: Whether a representative token comes last.
+
+    Returns:
+        Rotations (B, 1 or H, K, 2d), or (B, 1 or H, K + 1, 2d) with that of the representative token.
+    """
+    places = positions[:, num_prefix_tokens:] - num_prefix_tokens
+    if rotation.dim() == 4:
+        rotation = rotation.take_along_dim(places.unsqueeze(1).unsqueeze(3), dim=2)
+    else:  # whole rows at once
+        rotation = rotation.view(-1, rotation.shape[-2], rotation.shape[-1])
+        num_heads, channels = rotation.shape[0], rotation.shape[2]
+        rotation = rotation.index_select(1, places.view(-1))
+        rotation = rotation.view(num_heads, places.shape[0], places.shape[1], channels).transpose(0, 1)
+    if not representative:
+        return rotation
+    sin, cos = rotation[:, :, :1].chunk(2, dim=3)
+    unrotated = torch.cat([torch.zeros_like(sin), torch.ones_like(cos)], dim=3)
+    return torch.cat([rotation, unrotated], dim=2)
+
+
+def class_products(
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        num_prefix_tokens: int = 0,
+        rotation: Tensor | None = None,
+        rotate_half: bool = False,
+) -> Tensor:
+    """Products of the query of the class token with the keys of all tokens.
+
+    Half precision is raised to float32, because large products would overflow.
 
     Args:
         query: Query of the class token, one per head (B, H, d).
-        key: Keys of all tokens present (B, H, L, d).
+        key: Keys of all tokens present, not yet rotated (B, H, L, d); of fewer heads in grouped-query attention.
         scale: Factor on the products, 1 / sqrt(d) of the attention.
+        num_prefix_tokens: Number of prefix tokens P, which are never rotated.
+        rotation: Rotations of the tokens present but the prefix, if they are rotated.
+        rotate_half: Whether a rotation turns the two halves of the channels, or pairs of neighbours.
 
     Returns:
-        Attention (B, L) in float32 or wider; every row sums to H.
+        Products (B, H, L) in float32 or wider.
     """
-    query = (query if query.dtype == torch.float64 else query.float()) * scale
-    logits = (key * query.unsqueeze(2)).sum(dim=3)  # matmul copies the keys, which takes three times as long
-    return logits.softmax(dim=-1).sum(dim=1)
+    query = (query if query.dtype == torch.float64 else query.float()).unsqueeze(2) * scale
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    if rotation is None:
+        return (key * query).sum(dim=3)  # matmul copies the keys, which takes three times as long
+    # the query turned back by the place of a token, which takes fewer steps than to turn the token's key
+    sin, cos = rotation.chunk(2, dim=-1)
+    turned = apply_rot_embed_cat(query, torch.cat([-sin, cos], dim=-1), half=rotate_half)
+    return torch.cat([
+        (key[:, :, :num_prefix_tokens] * query).sum(dim=3),
+        (key[:, :, num_prefix_tokens:] * turned).sum(dim=3),
+    ], dim=2)
+
+
+@torch.fx.wrap
+def class_attention(
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        num_prefix_tokens: int = 0,
+        rotation: Tensor | None = None,
+        rotate_half: bool = False,
+) -> Tensor:
+    """Attention that the class token pays to every token, summed over the heads.
+
+    Paper: class attention, section "Structure preserving token selection". The arguments are those of `class_products`.
+
+    Returns:
+        Attention (B, L) in float32 or wider, because small shares tie in ranks; every row sums to H.
+    """
+    products = class_products(query, key, scale, num_prefix_tokens, rotation, rotate_half)
+    return products.softmax(dim=-1).sum(dim=1)
 
 
 @torch.fx.wrap

@@ -4,11 +4,12 @@ from contextlib import contextmanager
 from typing import NoReturn, cast
 
 from timm.models import is_model
+from timm.models.eva import Eva
 from timm.models.levit import Levit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from . import levit, vision_transformer
+from . import eva, levit, vision_transformer
 from .arguments import argument_names, plain
 from .evolved_model import Evolved, architecture, attribute_names, find_evolved
 
@@ -32,7 +33,7 @@ def evolve(
     """Give token evolution to a dense timm model, in place.
 
     Args:
-        model: A `VisionTransformer` or a `Levit`, or of a subclass that leaves its forward pass as it is.
+        model: A `VisionTransformer`, an `Eva` or a `Levit`, or of a subclass that leaves its forward pass as it is.
         keep_ratio: Share of the patch tokens on the slow path, in (0, 1]; one number, or one per segment (per block in
             'similarity'). 1.0 is exactly the dense model.
         start_block: First block that evolves, at least 1. None for a third of the depth (1 in 'similarity', 2 of a
@@ -164,17 +165,19 @@ def _evolved_class(model: nn.Module) -> type[Evolved]:
         raise TypeError(f'{name} is evolved already, its set_evolution changes the arguments.')
     if isinstance(model, VisionTransformer):
         return vision_transformer.evolved_class(type(model))
+    if isinstance(model, Eva):
+        return eva.evolved_class(type(model))
     if isinstance(model, Levit):
         return levit.evolved_class(type(model))
     for path, module in model.named_modules():
         if isinstance(module, Evolved):
             raise TypeError(f'{name} has a model in it that is evolved already, {_path(path)}.')
-        if isinstance(module, (VisionTransformer, Levit)):
+        if isinstance(module, (VisionTransformer, Eva, Levit)):
             raise TypeError(
                 f'{name} cannot be evolved, but the {type(module).__name__} in it can, which is {_path(path)}: evolve '
                 'that, before it is compiled.')
-    raise TypeError(f'{name} cannot be evolved, {_reason(model)}. VisionTransformer, Levit and their subclasses in '
-                    'timm can.')
+    raise TypeError(f'{name} cannot be evolved, {_reason(model)}. VisionTransformer, Eva, Levit and their '
+                    'subclasses in timm can.')
 
 
 def _reason(model: nn.Module) -> str:
@@ -186,4 +189,4 @@ def _reason(model: nn.Module) -> str:
         return f"it is a model of {library}, and evolution is for timm's"
     if 'attn' not in names and 'attention' not in names:
         return 'it has no attention, and so no tokens to select'
-    return "its forward pass is not that of timm's VisionTransformer or Levit"
+    return "its forward pass is not that of timm's VisionTransformer, Eva or Levit"

@@ -29,6 +29,7 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
+from timm.models.eva import checkpoint_filter_fn as eva_filter_fn
 from timm.models.levit import checkpoint_filter_fn as levit_filter_fn
 from timm.models.levit import model_cfgs as levit_cfgs
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
@@ -59,10 +60,11 @@ class _Family(NamedTuple):
     default_pool: str | None = None
 
 
-def _build_vit(dense: str, **kwargs) -> nn.Module:
-    from . import instances, vision_transformer
+def _build_flat(dense: str, **kwargs) -> nn.Module:
+    """A model of timm's `VisionTransformer` or `Eva`."""
+    from . import instances, token_evolution, vision_transformer
     vision_transformer.EvoVisionTransformer.check_model_names(kwargs)
-    evolution_args, dense_args = split_arguments(vision_transformer.TokenEvolution.init_evolution, kwargs)
+    evolution_args, dense_args = split_arguments(token_evolution.TokenEvolution.init_evolution, kwargs)
     return instances.evolve(model_entrypoint(dense)(pretrained=False, **dense_args), **evolution_args)
 
 
@@ -75,12 +77,13 @@ def _build_levit(dense: str, **kwargs) -> nn.Module:
     return model
 
 
-_VIT = _Family(_build_vit, vit_filter_fn, 3)
-_DEIT = _Family(_build_vit, partial(vit_filter_fn, adapt_layer_scale=True), 3)
-_FLEXI = _Family(_build_vit, partial(vit_filter_fn, interpolation='bilinear', antialias=False), 3)
+_VIT = _Family(_build_flat, vit_filter_fn, 3)
+_DEIT = _Family(_build_flat, partial(vit_filter_fn, adapt_layer_scale=True), 3)
+_FLEXI = _Family(_build_flat, partial(vit_filter_fn, interpolation='bilinear', antialias=False), 3)
 _SIGLIP = _VIT._replace(default_pool='map')
 _SIGLIP_GAP = _VIT._replace(default_pool='avg')
-_HYBRID = _Family(_build_vit, hybrid_filter_fn, 3)
+_HYBRID = _Family(_build_flat, hybrid_filter_fn, 3)
+_EVA = _Family(_build_flat, eva_filter_fn, 3)
 _LEVIT = _Family(_build_levit, levit_filter_fn, (0, 1, 2))
 
 
@@ -155,6 +158,7 @@ _VITS = [
     ('vision_transformer', '*_siglip_*', _SIGLIP),
     ('vision_transformer', '*', _VIT),
     ('vision_transformer_hybrid', '*', _HYBRID),
+    ('eva', '*', _EVA),
 ]
 for _module, _wildcard, _family in _VITS:
     for _dense in list_models(_wildcard, module=_module, exclude_filters=_WITHOUT):

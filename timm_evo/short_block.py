@@ -2,7 +2,8 @@
 
 A head on the class token reads nothing else of the last block, so every other token is looked at there, but need not be
 updated. What is left is attention with one query, and a projection and an MLP on one token. The projections of keys and
-values can be applied to the one query and to the one sum then, instead of to every token.
+values can be applied to the one query and to the one sum then, instead of to every token; that of keys not where they
+are rotated or normalised, as in timm's `Eva`.
 
 It is taken only where nobody can tell: no module of the block is replaced, and nothing that would see other tokens than
 with the whole block is watched, by hooks or an own method.
@@ -10,9 +11,13 @@ with the whole block is watched, by hooks or an own method.
 from typing import Any
 
 import torch
+from timm.layers import AttentionRope
+from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+
+from . import evolution
 
 __all__ = ['can_be_short', 'forward_first', 'has_hooks']
 
@@ -24,22 +29,42 @@ _KNOWN_ORIGINS = ('timm.', 'torch.nn.modules.')
 def can_be_short(model: Any) -> bool:
     """Whether `forward_first` may take the place of the last block of a model, and nobody can tell."""
     block = model.blocks[-1]
-    if not (type(block) is Block and type(block.attn) is Attention):
-        return False
-    attn = block.attn
     return (
-        type(attn.qkv) is nn.Linear
-        and type(attn.qkv.weight) in (nn.Parameter, Tensor)  # no quantized one, no shard
-        and isinstance(attn.q_norm, nn.Identity)
-        and isinstance(attn.k_norm, nn.Identity)
-        and isinstance(getattr(attn, 'norm', None), (nn.Identity, type(None)))
-        and getattr(attn, 'gate', None) is None
+        (_is_known_block(block) or _is_known_eva_block(block))
         and not _has_any_global_hook()
         and not _is_watched(model.blocks)
         and _is_plain(model.norm)
         and _is_plain(block)
         and not _has_own_methods(model)
     )
+
+
+def _is_known_block(block: Any) -> bool:
+    """Whether it is a `Block` that `forward_first` knows."""
+    if not (type(block) is Block and type(block.attn) is Attention):
+        return False
+    attn = block.attn
+    return (
+        _is_plain_projection(attn.qkv)
+        and isinstance(attn.q_norm, nn.Identity)
+        and isinstance(attn.k_norm, nn.Identity)
+        and isinstance(getattr(attn, 'norm', None), (nn.Identity, type(None)))
+        and getattr(attn, 'gate', None) is None
+    )
+
+
+def _is_known_eva_block(block: Any) -> bool:
+    """Whether it is an `EvaBlock` that `forward_first` knows."""
+    if not (type(block) is EvaBlock and type(block.attn) in (EvaAttention, AttentionRope)):
+        return False
+    attn = block.attn
+    projections = [attn.qkv] if attn.qkv is not None else [attn.q_proj, attn.k_proj, attn.v_proj]
+    return all(_is_plain_projection(projection) for projection in projections)
+
+
+def _is_plain_projection(projection: Any) -> bool:
+    """Whether it is a linear layer with plain weights: no quantized ones, no shards."""
+    return type(projection) is nn.Linear and type(projection.weight) in (nn.Parameter, Tensor)
 
 
 def _has_own_methods(model: nn.Module) -> bool:
@@ -71,13 +96,20 @@ def _is_plain(module: nn.Module) -> bool:
     return all(child is None or _is_plain(child) for child in module._modules.values())
 
 
-def forward_first(block: Block, x: Tensor, num_tokens: int, attn_mask: Tensor | None = None) -> Tensor:
-    """What timm's `Block.forward` returns for the first tokens.
+def forward_first(
+        block: Any,
+        x: Tensor,
+        num_tokens: int,
+        rotation: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+) -> Tensor:
+    """What timm's `Block.forward` or `EvaBlock.forward` returns for the first tokens.
 
     Args:
         block: A block.
         x: Tokens present (B, L, C).
-        num_tokens: How many are wanted.
+        num_tokens: How many are wanted; one of an `EvaBlock`.
+        rotation: Rotations of the tokens but the prefix, if any.
         attn_mask: What attention adds to its logits (B, 1, 1, L), if anything.
 
     Returns:
@@ -85,9 +117,15 @@ def forward_first(block: Block, x: Tensor, num_tokens: int, attn_mask: Tensor | 
     """
     attn: Any = block.attn
     y = block.norm1(x)
+    if isinstance(block, EvaBlock):
+        x_attn = _eva_attention_of_first(attn, y, rotation, attn_mask)
+        x = x[:, :1] + block.drop_path1(x_attn if block.gamma_1 is None else block.gamma_1 * x_attn)
+        x_mlp = block.mlp(block.norm2(x))
+        return x + block.drop_path2(x_mlp if block.gamma_2 is None else block.gamma_2 * x_mlp)
     attention = folded_attention(
         y[:, :num_tokens], y, attn.qkv.weight, attn.qkv.bias, attn.num_heads, attn.scale, attn_mask)
-    values = folded_values(attn.attn_drop(attention), y, attn.qkv.weight, attn.qkv.bias)
+    bias = None if attn.qkv.bias is None else attn.qkv.bias.chunk(3)[2]
+    values = folded_values(attn.attn_drop(attention), y, attn.qkv.weight.chunk(3)[2], bias, attn.head_dim)
     x = x[:, :num_tokens] + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(values))))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
@@ -136,7 +174,13 @@ def folded_attention(
     return logits.softmax(dim=-1).view(batch_size, num_heads, num_queries, tokens.shape[1])
 
 
-def folded_values(attention: Tensor, tokens: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None) -> Tensor:
+def folded_values(
+        attention: Tensor,
+        tokens: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head_dim: int,
+) -> Tensor:
     """What a few tokens gather by attention, without computing a single value.
 
     As in `folded_attention`, the projection is applied to the few results: sum_j a_j (W_v x_j + b_v) is
@@ -145,8 +189,9 @@ def folded_values(attention: Tensor, tokens: Tensor, qkv_weight: Tensor, qkv_bia
     Args:
         attention: Attention of few tokens to all (B, H, T, L).
         tokens: Normalised tokens present (B, L, C).
-        qkv_weight: Stacked query, key and value projections (3 * H * d, C).
-        qkv_bias: Their bias (3 * H * d,), if any.
+        weight: Value projection (H * d, C); of fewer heads in grouped-query attention.
+        bias: Its bias, if any.
+        head_dim: Channels of a head d.
 
     Returns:
         Values of all heads side by side (B, T, H * d), as they enter the output projection.
@@ -154,9 +199,45 @@ def folded_values(attention: Tensor, tokens: Tensor, qkv_weight: Tensor, qkv_bia
     batch_size, num_heads, num_queries, _ = attention.shape
     gathered = attention.flatten(1, 2).to(tokens.dtype).bmm(tokens)
     gathered = gathered.view(batch_size, num_heads, num_queries, tokens.shape[2])
-    weight = qkv_weight.chunk(3)[2].unflatten(0, (num_heads, -1))  # (H, d, C)
+    weight = weight.unflatten(0, (-1, head_dim))  # (H, d, C)
+    num_shared = num_heads // weight.shape[0]  # heads that have the same values
+    if num_shared > 1:
+        weight = weight.repeat_interleave(num_shared, dim=0)
     values = torch.einsum('bhtc,hdc->bthd', gathered, weight)
-    if qkv_bias is not None:
-        bias = qkv_bias.chunk(3)[2].unflatten(0, (num_heads, -1))
+    if bias is not None:
+        bias = bias.view(-1, head_dim)
+        if num_shared > 1:
+            bias = bias.repeat_interleave(num_shared, dim=0)
         values = values + attention.sum(dim=3).transpose(1, 2).unsqueeze(3).to(values.dtype) * bias
     return values.flatten(2)
+
+
+def _eva_projections(attn: Any) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of the projections to queries, keys and values of an attention of timm's `Eva`."""
+    if attn.qkv is None:
+        return [(projection.weight, projection.bias) for projection in (attn.q_proj, attn.k_proj, attn.v_proj)]
+    if isinstance(attn, EvaAttention):
+        biases = attn.q_bias, attn.k_bias, attn.v_bias
+    else:
+        biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+    return list(zip(attn.qkv.weight.chunk(3), biases, strict=True))
+
+
+def _eva_attention_of_first(attn: Any, y: Tensor, rotation: Tensor | None, attn_mask: Tensor | None) -> Tensor:
+    """What an attention of timm's `Eva` returns for the first token (B, 1, C), of normalised tokens (B, L, C)."""
+    (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias) = _eva_projections(attn)
+    head_dim = q_weight.shape[0] // attn.num_heads
+    query, key = (
+        projected.unflatten(2, (-1, head_dim)).transpose(1, 2)
+        for projected in (nn.functional.linear(y[:, :1], q_weight, q_bias), nn.functional.linear(y, k_weight, k_bias))
+    )
+    query, key = attn.q_norm(query), attn.k_norm(key)
+    products = evolution.class_products(
+        query[:, :, 0], key, attn.scale, attn.num_prefix_tokens, rotation, attn.rotate_half)
+    if attn_mask is not None:
+        products = products + attn_mask.squeeze(1)
+    attention = attn.attn_drop(products.softmax(dim=-1)).unsqueeze(2)
+    values = attn.norm(folded_values(attention, y, v_weight, v_bias, head_dim))
+    if getattr(attn, 'gate', None) is not None:
+        values = values * attn.gate(y[:, :1]).sigmoid()
+    return attn.proj_drop(attn.proj(values))

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.layers import AttentionRope
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import (
     Attention,
     Block,
@@ -77,32 +79,42 @@ class Listener:
         class_token: Whether the first token is the class token.
         num_prefix_tokens: Number of prefix tokens P.
         slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+        rotation: Rotations that the block is called with, if any.
     """
 
-    def __init__(self, tap: Tap, class_token: bool, num_prefix_tokens: int, slow: Tensor | None) -> None:
+    def __init__(
+            self,
+            tap: Tap,
+            class_token: bool,
+            num_prefix_tokens: int,
+            slow: Tensor | None,
+            rotation: Tensor | None,
+    ) -> None:
         self.tap = tap
         self.class_token = class_token
         self.num_prefix_tokens = num_prefix_tokens
         self.slow = slow
+        self.rotation = rotation
         self._with_gradient = torch.is_grad_enabled()
         self._query: Tensor | None = None  # of the attention whose keys come next
-        self._postponed: list[tuple[Tensor, Tensor, float]] = []
+        self._postponed: list[tuple[Tensor, Tensor, Any]] = []
         self._attention: Tensor | None = None
 
-    def hear_query(self, query: Tensor) -> None:
-        """Take queries (B, H, L, d)."""
-        self._query = evolution.class_query(query, self.class_token, self.num_prefix_tokens, self.slow)
+    def hear_query(self, query: Tensor, attn: Any) -> None:
+        """Take queries (B, H, L, d) of an attention."""
+        self._query = evolution.class_query(
+            query, self.class_token, self.num_prefix_tokens, self.slow, self.rotation, _rotates_half(attn))
 
-    def hear_key(self, key: Tensor, scale: float) -> None:
-        """Take keys (B, H, L, d) of an attention with a factor on its products."""
+    def hear_key(self, key: Tensor, attn: Any) -> None:
+        """Take keys (B, H, L, d) of an attention."""
         if self._query is None or self._with_gradient != torch.is_grad_enabled():
             return  # a wrapper may have taken the gradient away, and recompute the block where nobody listens
         if self._with_gradient:
             # Who recomputes the block without a listener, as a wrapper around it may, must find the same tensors saved
             # for its gradient: views save none.
-            self._postponed.append((self._query, key, scale))
+            self._postponed.append((self._query, key, attn))
         else:
-            self._add(self._query, key, scale)  # at once, because the keys would stay in memory while the MLP runs
+            self._add(self._query, key, attn)  # at once, because the keys would stay in memory while the MLP runs
         self._query = None  # a view of all that was projected
 
     def class_attention(self) -> Tensor | None:
@@ -111,8 +123,9 @@ class Listener:
             self._add(*postponed)
         return self._attention
 
-    def _add(self, query: Tensor, key: Tensor, scale: float) -> None:
-        attention = evolution.class_attention(query, key, scale)
+    def _add(self, query: Tensor, key: Tensor, attn: Any) -> None:
+        attention = evolution.class_attention(
+            query, key, attn.scale, self.num_prefix_tokens, self.rotation, _rotates_half(attn))
         self._attention = attention if self._attention is None else self._attention + attention
 
 
@@ -127,6 +140,7 @@ def call_and_score(
         class_token: bool,
         num_prefix_tokens: int,
         slow: Tensor | None,
+        rotation: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Call a block and take its class attention.
 
@@ -137,22 +151,24 @@ def call_and_score(
         class_token: Whether the first token is the class token.
         num_prefix_tokens: Number of prefix tokens P.
         slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+        rotation: Rotations of the tokens present but the prefix, for a block that takes them.
 
     Returns:
         What the block returns (B, L, C).
         Class attention (B, L), see `evolution.class_attention`; None if none could be heard.
     """
-    listener = Listener(tap, class_token, num_prefix_tokens, slow)
+    listener = Listener(tap, class_token, num_prefix_tokens, slow, rotation)
+    arguments = {} if rotation is None else {'rope': rotation}
     if torch.compiler.is_dynamo_compiling():  # of this code; `is_compiling` is true while any thread compiles
         tap.listener = listener
-        x = block(x)
+        x = block(x, **arguments)
         tap.listener = None
     elif threading.active_count() > 1 and _holds_compiled(block):
         with _turn, _listening(listener):
-            x = block(x)
+            x = block(x, **arguments)
     else:
         with _listening(listener):
-            x = block(x)
+            x = block(x, **arguments)
     return x, listener.class_attention()
 
 
@@ -206,7 +222,7 @@ class _TappedQuery(_Tapped):
         x = super().__call__(x)
         listener = self._listener()
         if listener is not None:
-            listener.hear_query(self._by_heads(x))
+            listener.hear_query(self._by_heads(x), self.attention[0])
         return x
 
 
@@ -216,7 +232,7 @@ class _TappedKey(_Tapped):
         x = super().__call__(x)
         listener = self._listener()
         if listener is not None:
-            listener.hear_key(self._by_heads(x), self.attention[0].scale)
+            listener.hear_key(self._by_heads(x), self.attention[0])
         return x
 
 
@@ -235,11 +251,27 @@ def _new(norm_cls: type[nn.Module], tapped_cls: type[_Tapped]) -> _Tapped:
     return cls.__new__(cls)
 
 
+def _rotates_half(attn: Any) -> bool:
+    """Whether an attention rotates the two halves of the channels, and not pairs of neighbours."""
+    return getattr(attn, 'rotate_half', False)
+
+
 def _attentions(block: Any) -> list[Any]:
     """The modules of a block that have `q_norm`, `k_norm` and `scale`."""
     if isinstance(block, ParallelThingsBlock):
         return [part.attn for part in block.attns]
     return [block if isinstance(block, ParallelScalingBlock) else block.attn]
+
+
+# timm's blocks and the attentions in them that are known to attend by products of what `q_norm` and `k_norm` return
+_KNOWN: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+    Block: (Attention,),
+    ResPostBlock: (Attention,),
+    ParallelThingsBlock: (Attention,),
+    ParallelScalingBlock: (ParallelScalingBlock,),
+    EvaBlock: (EvaAttention, AttentionRope),
+    EvaBlockPostNorm: (EvaAttention, AttentionRope),
+}
 
 
 def check_block(block: nn.Module) -> None:
@@ -248,11 +280,12 @@ def check_block(block: nn.Module) -> None:
     Raises:
         TypeError: It is none of timm's with `Attention`; what they attend with is known.
     """
-    known = isinstance(block, (Block, ResPostBlock, ParallelThingsBlock, ParallelScalingBlock))
-    attentions = _attentions(block) if known else [getattr(block, 'attn', None)]
-    unknown = [attn for attn in attentions if not isinstance(attn, (Attention, ParallelScalingBlock))]
-    if not known or unknown:
-        inner = f' with {type(unknown[0]).__name__}' if unknown and unknown[0] is not None else ''
+    attentions = _attentions(block) if isinstance(block, tuple(_KNOWN)) else [getattr(block, 'attn', None)]
+    known = next((known for cls, known in _KNOWN.items() if isinstance(block, cls)), ())
+    unknown = [attn for attn in attentions if not isinstance(attn, known)]
+    if unknown:
+        inner = f' with {type(unknown[0]).__name__}' if unknown[0] is not None else ''
         raise TypeError(
             f'{type(block).__name__}{inner} cannot be evolved: class attention can be taken only from '
-            "timm's Attention in a Block, ResPostBlock, ParallelThingsBlock or ParallelScalingBlock.")
+            "timm's Attention in a Block, ResPostBlock, ParallelThingsBlock or ParallelScalingBlock, and from "
+            'EvaAttention and AttentionRope in an EvaBlock or EvaBlockPostNorm.')

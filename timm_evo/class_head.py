@@ -1,0 +1,69 @@
+""" A second head on the class token
+
+The authors' DeiT classifies the mean of the patch tokens. While it is trained, a second head reads the class token, so
+that what selects is supervised.
+"""
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.models.vision_transformer import init_weights_vit_timm
+from torch import Tensor, nn
+
+__all__ = ['ClassHead']
+
+if TYPE_CHECKING:
+    from .token_evolution import TokenEvolution as _Model  # stands behind `ClassHead` in the bases of a model
+else:
+    _Model = object
+
+
+class ClassHead(_Model):
+    """`class_head=True` of a model whose own head is timm's `head(head_drop(fc_norm(pool(x))))`."""
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...
+
+    def _init_class_head(self, class_head: bool) -> None:
+        if class_head and (self.global_pool != 'avg' or not self.has_class_token):
+            raise ValueError(
+                "class_head=True is not allowed, it needs a class token and global_pool='avg', "
+                f'not global_pool={self.global_pool!r}.')
+        self.class_head = class_head
+        # copies, so that dtype, device and mode are those of the pooled head
+        self.norm_cls = copy.deepcopy(self.fc_norm) if class_head else nn.Identity().train(self.training)
+        self.head_cls = copy.deepcopy(self.head) if class_head else nn.Identity().train(self.training)
+        init_weights_vit_timm(self.head_cls)
+        self.distilled_training = False  # must be True to train each head on a target of its own
+
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
+    def get_classifier(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """The classifier head, or both with `class_head=True`, as timm's `VisionTransformerDistilled`."""
+        return (self.head, self.head_cls) if self.class_head else self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Reset the classifier head, as timm's; the class head goes with the patch-mean pooling."""
+        super().reset_classifier(num_classes, global_pool)
+        if self.class_head:
+            norm_cls = self.norm_cls  # stays, as timm's `fc_norm` does
+            self._init_class_head(self.global_pool == 'avg')
+            self.norm_cls = norm_cls if self.class_head else self.norm_cls
+
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Return the logits of both heads separately while training, as timm's `VisionTransformerDistilled`."""
+        if enable and not self.class_head:
+            raise ValueError('Distilled training needs a second head, create the model with class_head=True.')
+        self.distilled_training = enable
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Normalised sequence (B, P + N, C) to logits (B, num_classes), or to pooled features if `pre_logits`."""
+        x_pool = self.head_drop(self.fc_norm(self.pool(x)))
+        logits = x_pool if pre_logits else self.head(x_pool)
+        if not self.class_head:
+            return logits
+        x_cls = self.head_drop(self.norm_cls(x[:, 0]))
+        logits_cls = x_cls if pre_logits else self.head_cls(x_cls)
+        if self.distilled_training and self.training and not pre_logits and not torch.jit.is_scripting():
+            return logits, logits_cls  # pyright: ignore[reportReturnType]  # TorchScript leaves this branch out
+        return (logits + logits_cls) / 2
