@@ -103,6 +103,14 @@ def test_the_readme_is_short():
     assert len((ROOT / 'README.md').read_text(encoding='utf-8').splitlines()) <= 150
 
 
+def test_every_result_is_on_a_page():
+    text = ''.join(page.read_text(encoding='utf-8') for page in PAGES)
+    shown = set(re.findall(r'benchmarks/results/([^)\s]+)', text))
+    for file in ROOT.glob('benchmarks/results/*'):
+        beside = {file.name, f'{file.stem}.md', f'{file.stem}.png'} if file.suffix == '.json' else {file.name}
+        assert beside & shown, file.name
+
+
 def read_tables(file: Path) -> list[dict[str, list[str]]]:
     """Tables, each as the cells behind the first one of every row, in plain text."""
     tables = re.findall(r'(?:^\|.*\n)+', without_blocks(file), re.MULTILINE)
