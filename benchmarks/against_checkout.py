@@ -48,9 +48,9 @@ def import_before(checkout: Path) -> None:
 def build_before(dense: str, img_size: int) -> nn.Module:
     if dense in levit_cfgs:
         return importlib.import_module(f'{BEFORE}.levit').EvoLevit(img_size, **levit_cfgs[dense])
-    rooms = ('instances', 'vision_transformer')  # of `evolve`, newest first
-    room = next(name for name in rooms if (Path(sys.modules[BEFORE].__path__[0]) / f'{name}.py').exists())
-    return importlib.import_module(f'{BEFORE}.{room}').evolve(timm.create_model(dense, img_size=img_size))
+    modules = ('instances', 'vision_transformer')  # of `evolve`, newest first
+    module = next(name for name in modules if (Path(sys.modules[BEFORE].__path__[0]) / f'{name}.py').exists())
+    return importlib.import_module(f'{BEFORE}.{module}').evolve(timm.create_model(dense, img_size=img_size))
 
 
 def variants_of(dense: str, img_size: int) -> list[Variant]:
