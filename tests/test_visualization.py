@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import re
+import sys
 
 import pytest
 import timm
@@ -89,6 +90,14 @@ def test_a_page_needs_a_keep_ratio(photo, tmp_path):
         visualization.write_page(tmp_path / 'page.html', photo, timm.create_model('evo_test_vit'), keep_ratios=[])
 
 
+def test_a_page_refuses_a_keep_ratio_before_it_runs_another(photo, tmp_path):
+    model = timm.create_model('evo_test_vit')
+    handle = model.register_forward_pre_hook(lambda module, args: pytest.fail('the model was run'))
+    with pytest.raises(ValueError, match=r'keep_ratio=1.5 is not allowed'):
+        visualization.write_page(tmp_path / 'page.html', photo, model, keep_ratios=[0.5, 1.5])
+    handle.remove()
+
+
 # The commands
 
 
@@ -124,6 +133,12 @@ def test_the_command_refuses_before_any_work(arguments, message, tmp_path, monke
     with pytest.raises(SystemExit, match=message):
         cli.main(['visualize', *arguments])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_without_matplotlib_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    with pytest.raises(SystemExit, match=r"pip install 'timm-evo\[visualize\]'"):
+        cli.main(['visualize', 'no.jpg', '--model', 'evo_test_vit', '--output', str(tmp_path / 'out.png')])
 
 
 @pytest.mark.parametrize('name', ['evo_deit_tiny_patch16_224', 'evo_levit_cls_128s', 'evo_vit_small_patch14_dinov2'])

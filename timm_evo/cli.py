@@ -59,10 +59,12 @@ def _visualize(args: argparse.Namespace) -> None:
 
     from . import summary, visualization
 
+    if args.output.suffix != '.html':
+        visualization.figure_class()  # before weights are loaded
     if ':' not in args.model:  # as in hf-hub:user/name
         summary.check_model(args.model)
     with Image.open(args.image) as image:
-        image = image.convert('RGB')  # before weights are loaded
+        image = image.convert('RGB')  # likewise
     model = timm.create_model(args.model, pretrained=args.checkpoint is None, **dict(args.model_kwargs)).eval()
     if args.checkpoint is not None:
         load_checkpoint(model, str(args.checkpoint), weights_only=True)

@@ -49,10 +49,7 @@ def visualize(image: Image.Image | str | Path | Tensor, model: nn.Module, **evol
         TypeError: The model is not evolved and cannot be.
         ValueError: An argument is outside what is allowed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("visualize draws with matplotlib: pip install 'timm-evo[visualize]'.") from error
+    Figure = figure_class()
     with _evolved(model, evolution_args) as evolved_model:
         pixels, photo = _prepare(image, evolved_model)
         selections = trace(evolved_model, pixels)
@@ -100,6 +97,9 @@ def write_page(
     """
     if not keep_ratios:
         raise ValueError('keep_ratios=[] is not allowed, a page needs at least one.')
+    for keep_ratio in keep_ratios:
+        with _evolved(model, evolution_args | {'keep_ratio': keep_ratio}):
+            pass  # refuses what is not allowed before the first one is run
     runs = []
     for keep_ratio in keep_ratios:
         with _evolved(model, evolution_args | {'keep_ratio': keep_ratio}) as evolved_model, evaluating(evolved_model):
@@ -122,6 +122,19 @@ def write_page(
     page = files('timm_evo').joinpath(PAGE).read_text(encoding='utf-8')
     text = json.dumps(data).replace('<', '\\u003c')  # a name cannot end the script
     Path(file).write_text(page.replace('"DATA"', text), encoding='utf-8')
+
+
+def figure_class() -> 'type[Figure]':
+    """The class of figures of matplotlib, which is not installed with the package.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("A picture is drawn with matplotlib: pip install 'timm-evo[visualize]'.") from error
+    return Figure
 
 
 def _evolved(model: nn.Module, evolution_args: dict):
