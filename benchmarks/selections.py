@@ -1,10 +1,11 @@
 """ Speed of the selections beside each other and the dense model: in PyTorch, and as exported files
 
     python benchmarks/selections.py --results benchmarks/results/selections_cpu
+    python benchmarks/selections.py --family rope --results benchmarks/results/selections_rope_cpu
 
-In PyTorch as `throughput.py` measures. Files are ONNX, as `torch.onnx.export` writes them, run by onnxruntime and by
-OpenVINO on the CPU, batch by batch in turn. Results are written after each setting, so the same command goes on where
-it was interrupted.
+Beside each ratio stands the limit that arithmetic sets, that of the multiply-adds. In PyTorch as `throughput.py`
+measures. Files are ONNX, as `torch.onnx.export` writes them, run by onnxruntime and by OpenVINO on the CPU, batch by
+batch in turn. Results are written after each setting, so the same command goes on where it was interrupted.
 """
 import argparse
 import json
@@ -26,16 +27,26 @@ from common.results import add_results, markdown_table
 from torch import Tensor
 from tqdm import tqdm
 
+from timm_evo import count_gmacs
+
 THREADS = 2
 SELECTIONS = ('stage', 'similarity')
 SMALL, BASE = 'deit_small_patch16_224', 'deit_base_patch16_224'
 RUNTIMES = ('onnxruntime', 'OpenVINO')
-# model, (pixels, batch size), and what runs it
-SETTINGS = [
-    *product((SMALL, BASE), ((224, 16), (384, 4)), ('eager', 'compiled')),
-    *product((SMALL, BASE), ((224, 1),), ('eager',)),
-    *product((SMALL,), ((224, 16), (224, 1)), RUNTIMES),
-]
+# by family: model, (pixels, batch size), and what runs it
+SETTINGS = {
+    'deit': [
+        *product((SMALL, BASE), ((224, 16), (384, 4)), ('eager', 'compiled')),
+        *product((SMALL, BASE), ((224, 1),), ('eager',)),
+        *product((SMALL,), ((224, 16), (224, 1)), RUNTIMES),
+    ],
+    'rope': [
+        *product(('vit_small_patch16_dinov3', 'vit_base_patch16_dinov3'), ((256, 16), (512, 4)), ('eager',)),
+        ('eva02_small_patch14_336', (336, 8), 'eager'),
+        ('vit_small_patch16_rope_224', (224, 16), 'eager'),
+        ('vit_small_patch16_rope_mixed_224', (224, 16), 'eager'),
+    ],
+}
 TITLE = "Dense, selection='stage' (published) and selection='similarity', keep ratio 0.5"
 
 
@@ -106,7 +117,17 @@ def summarise_seconds(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 def name_setting(setting: tuple[str, tuple[int, int], str]) -> str:
     model, (img_size, batch_size), runs = setting
-    return f'{model.split("_patch")[0]}, {img_size} pixels, batch {batch_size}, {runs}'
+    return f'{model.removesuffix("_patch16_224")}, {img_size} pixels, batch {batch_size}, {runs}'
+
+
+def count_limits(model: str, img_size: int) -> dict[str, float]:
+    """Multiply-adds of the dense model to those of each selection."""
+    gmacs = {}
+    with torch.device('meta'):
+        for variant in make_variants(model, img_size):
+            image = torch.zeros(1, 3, img_size, img_size)
+            gmacs[variant.label] = count_gmacs(timm.create_model(variant.model, **variant.kwargs).eval(), image)
+    return {f'{selection}_limit': gmacs['dense'] / gmacs[selection] for selection in SELECTIONS}
 
 
 def measure_setting(setting: tuple[str, tuple[int, int], str], rounds: int) -> dict:
@@ -117,7 +138,7 @@ def measure_setting(setting: tuple[str, tuple[int, int], str], rounds: int) -> d
         seconds = time_files(model, img_size, batch_size, runs, rounds)
     else:
         seconds = time_in_torch(model, img_size, batch_size, runs == 'compiled', rounds)
-    return {**summarise_seconds(seconds), 'rounds': rounds, 'seconds': seconds}
+    return {**summarise_seconds(seconds), **count_limits(model, img_size), 'rounds': rounds, 'seconds': seconds}
 
 
 def format_text(records: dict[str, dict], environment: dict) -> str:
@@ -126,8 +147,7 @@ def format_text(records: dict[str, dict], environment: dict) -> str:
         [
             name,
             f'{record["dense_ms_per_batch"]:.1f}',
-            f'{record["stage_to_dense"]:.2f} x',
-            f'{record["similarity_to_dense"]:.2f} x',
+            *(f'{record[f"{s}_to_dense"]:.2f} x (limit {record[f"{s}_limit"]:.2f} x)' for s in SELECTIONS),
             f'{record["similarity_to_stage"]:.3f}',
         ]
         for name, record in records.items()
@@ -148,6 +168,7 @@ def read_records(file: Path, environment: dict) -> dict[str, dict]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Speed of the selections, in PyTorch and as exported files.')
+    parser.add_argument('--family', choices=SETTINGS, default='deit', help='which models (default: deit)')
     parser.add_argument(
         '--rounds', type=positive_int, default=15, metavar='N',
         help=f'timed rounds, {LATENCY_ROUNDS} times as many at batch 1 (default: 15)')
@@ -162,9 +183,10 @@ def main() -> None:
     environment = describe_environment(torch.device('cpu'))
     environment['versions'] |= {name: version(name.lower()) for name in RUNTIMES}
     records = {} if args.again else read_records(args.results.with_name(args.results.name + '.json'), environment)
-    for i, setting in enumerate(SETTINGS):
+    settings = SETTINGS[args.family]
+    for i, setting in enumerate(settings):
         name = name_setting(setting)
-        print(f'{i + 1} of {len(SETTINGS)}: {name}')
+        print(f'{i + 1} of {len(settings)}: {name}')
         if name in records:
             print('    measured before')
             continue
