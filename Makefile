@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --d
 	--durations 15
 # the oldest timm of the range in setup.cfg
 OLDEST_TIMM := 1.0.22
-OLDEST_TESTS := faithful method similarity taps short_block levit layer_to_stage every_vit timm_api errors hub convert
+OLDEST_TESTS := faithful method similarity eva taps short_block levit layer_to_stage every_vit timm_api errors hub convert
 # the models that `make timm-suite` runs timm's own tests over, and those of `make test`
 MODELS ?= evo_* aimv2_* beit3_* deit* eva_large_patch14_* flexivit_* levit_128s levit_128 levit_192 levit_256 levit_384 test_vit* vit_*
 FEW_MODELS := evo_test_vit evo_test_vit2 evo_test_vit3 evo_vit_xsmall_patch16_clip_224 evo_vit_tiny_r_s16_p8_224 \

@@ -47,12 +47,14 @@ from common.saliency import BACKBONE, Decoder, create_backbone, read_weights
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_evo
 
+Dense = VisionTransformer | Eva
 DENSE = 'dense'
 SELECTIONS = {'published': 'stage', 'similarity': 'similarity'}
 STYLES = {'similarity': ('C0', 'o'), 'published': ('C1', 's'), 'ToMe': ('C2', '^'), 'EViT': ('C3', 'D')}
@@ -94,7 +96,7 @@ class Work:
         panels: What is drawn, by key of the results: what the axis says.
         grids: Key of the results that whole grids are needed for, so that their throughput counts there, if any.
     """
-    dense: VisionTransformer
+    dense: Dense
     task: Features | Classes
     identity: dict
     title: str
@@ -180,7 +182,7 @@ def read_training_args(checkpoint: Path) -> dict:
     return vars(content['args']) if 'args' in content else {}
 
 
-def create_classifier(args: argparse.Namespace, training_args: dict) -> tuple[str, VisionTransformer]:
+def create_classifier(args: argparse.Namespace, training_args: dict) -> tuple[str, Dense]:
     """The dense model and its name."""
     name = args.model or training_args.get('model')
     if name is None:
@@ -194,8 +196,8 @@ def create_classifier(args: argparse.Namespace, training_args: dict) -> tuple[st
         model = timm.create_model(name, pretrained=args.checkpoint is None, **kwargs)
     except (RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f'{name}: {error}') from error
-    if not isinstance(model, VisionTransformer):
-        raise SystemExit(f"{name} is a {type(model).__name__}, this measures timm's VisionTransformer")
+    if not isinstance(model, Dense):
+        raise SystemExit(f"{name} is a {type(model).__name__}, this measures timm's VisionTransformer and Eva")
     if args.checkpoint is not None:
         timm.models.load_checkpoint(model, str(args.checkpoint), use_ema=False, weights_only=True)
     return name, model.eval()
@@ -240,7 +242,7 @@ def prepare_classes(args: argparse.Namespace) -> Work:
     )
 
 
-def check_same(model: nn.Module, dense: VisionTransformer, what: str) -> None:
+def check_same(model: nn.Module, dense: Dense, what: str) -> None:
     """Refuse a model that should compute what the dense one does, and does not."""
     height, width = dense.patch_embed.img_size
     images = torch.randn(2, dense.patch_embed.proj.in_channels, height, width, device=next(dense.parameters()).device)
@@ -251,23 +253,23 @@ def check_same(model: nn.Module, dense: VisionTransformer, what: str) -> None:
         raise SystemExit(f'{what} is off by {error:.1g} of the dense model, which it should be')
 
 
-def fold(model: VisionTransformer, name: str) -> VisionTransformer:
+def fold(model: Dense, name: str) -> Dense:
     folded = fold_layer_scale(copy.deepcopy(model))
     check_same(folded, model, f'{name} without LayerScale')
     return folded
 
 
-def share(model: VisionTransformer) -> VisionTransformer:
+def share(model: Dense) -> Dense:
     """A copy with the very parameters of a model, so that many of them need the memory of one."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def find_settings(dense: VisionTransformer, args: argparse.Namespace) -> tuple[list[Setting], dict[str, str]]:
+def find_settings(dense: Dense, args: argparse.Namespace) -> tuple[list[Setting], dict[str, str]]:
     """All methods at all settings; and the methods whose code cannot run the model, with the reason."""
     def evolve(selection: str, ratio: float) -> nn.Module:
         return timm_evo.evolve(share(dense), selection=selection, keep_ratio=ratio)
 
-    def build_other(reduce: Callable[[VisionTransformer, float], nn.Module], value: float) -> nn.Module:
+    def build_other(reduce: Callable[[Dense, float], nn.Module], value: float) -> nn.Module:
         return reduce(share(dense), value)
 
     settings = [
