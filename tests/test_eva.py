@@ -49,11 +49,18 @@ if 'num_kv_heads' in Eva.__init__.__code__.co_varnames:  # of a newer timm
 def build(seed: int = 0, selection: str = 'stage', dtype: torch.dtype = torch.float64, **kwargs) -> EvoEva:
     """A small model, with weights far enough from zero for attention to differ between tokens."""
     torch.manual_seed(seed)
-    model = EvoEva(**(SMALL | kwargs), selection=selection).to(dtype)
+    model = EvoEva(**(SMALL | kwargs), selection=selection)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
+    return in_precision(model, dtype)
+
+
+def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    model = model.to(dtype).eval()
+    if model.rope_mixed:
+        model.rope.float()  # an older timm computes these rotations in nothing else
+    return model
 
 
 def similarity_settings(seed: int) -> dict:
@@ -189,8 +196,11 @@ def test_output_of_an_image_does_not_depend_on_the_rest_of_its_batch(kind, selec
     together = model(images)
     alone = torch.cat([model(image.unsqueeze(0)) for image in images])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
-    if KINDS[kind].get('attn_type') == 'rope':  # timm's other attention takes no empty batch
-        assert model(images[:0]).shape == (0, 5)
+    try:
+        timm_evo.restore(copy.deepcopy(model))(images[:0])
+    except RuntimeError:  # not all of timm's attentions take an empty batch
+        return
+    assert model(images[:0]).shape == (0, 5)
 
 
 @pytest.mark.parametrize('kind, selection', [
@@ -206,7 +216,7 @@ def test_torchscript_gives_the_same(kind, selection):
 @pytest.mark.parametrize('kind, selection', [
     ('eva02', 'stage'), ('dinov3', 'similarity'), ('mixed rope', 'layer'), ('registers only', 'stage')])
 def test_a_compiled_model_is_one_graph(kind, selection):
-    model = build(**KINDS[kind], selection=selection)
+    model = build(**KINDS[kind], depth=4, selection=selection)
     images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
@@ -217,7 +227,7 @@ def test_a_compiled_model_is_one_graph(kind, selection):
     ('eva02, split', 'stage'), ('dinov3', 'similarity'), ('mixed rope', 'stage'), ('perception encoder', 'similarity')])
 def test_an_export_gives_the_logits_at_any_batch_size(kind, selection, tmp_path):
     kwargs = KINDS[kind] | dict(dynamic_img_size=False)
-    model = build(**kwargs, selection=selection, dtype=torch.float32)
+    model = build(**kwargs, depth=4, selection=selection, dtype=torch.float32)
     images = torch.randn(8, 3, 24, 24)
     exported = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     torch.onnx.export(exported, f=tmp_path / 'model.onnx', dynamo=True, verbose=False, input_names=['images'])
@@ -271,7 +281,7 @@ def test_half_precision_stays_near(kind, dtype, selection):
     expected = model.forward_features(images).mean(1)
     with torch.autocast('cpu', dtype):
         autocast = model.forward_features(images).mean(1)
-    for features in (autocast, model.to(dtype).forward_features(images.to(dtype)).mean(1)):
+    for features in (autocast, in_precision(model, dtype).forward_features(images.to(dtype)).mean(1)):
         assert F.cosine_similarity(features.float(), expected).min() > 0.97
 
 
