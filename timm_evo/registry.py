@@ -60,11 +60,21 @@ class _Family(NamedTuple):
     default_pool: str | None = None
 
 
-def _build_flat(dense: str, **kwargs) -> nn.Module:
-    """A model of timm's `VisionTransformer` or `Eva`."""
-    from . import instances, token_evolution, vision_transformer
-    vision_transformer.EvoVisionTransformer.check_model_names(kwargs)
-    evolution_args, dense_args = split_arguments(token_evolution.TokenEvolution.init_evolution, kwargs)
+def _build_vit(dense: str, **kwargs) -> nn.Module:
+    from . import vision_transformer
+    return _evolve(dense, vision_transformer.EvoVisionTransformer, kwargs)
+
+
+def _build_eva(dense: str, **kwargs) -> nn.Module:
+    from . import eva
+    return _evolve(dense, eva.EvoEva, kwargs)
+
+
+def _evolve(dense: str, evolved_cls: Any, kwargs: dict[str, Any]) -> nn.Module:
+    """timm's `dense` model, which becomes one of this class by arguments of both."""
+    from . import instances
+    evolved_cls.check_model_names(kwargs)
+    evolution_args, dense_args = split_arguments(evolved_cls.init_evolution, kwargs)
     return instances.evolve(model_entrypoint(dense)(pretrained=False, **dense_args), **evolution_args)
 
 
@@ -77,13 +87,13 @@ def _build_levit(dense: str, **kwargs) -> nn.Module:
     return model
 
 
-_VIT = _Family(_build_flat, vit_filter_fn, 3)
-_DEIT = _Family(_build_flat, partial(vit_filter_fn, adapt_layer_scale=True), 3)
-_FLEXI = _Family(_build_flat, partial(vit_filter_fn, interpolation='bilinear', antialias=False), 3)
+_VIT = _Family(_build_vit, vit_filter_fn, 3)
+_DEIT = _Family(_build_vit, partial(vit_filter_fn, adapt_layer_scale=True), 3)
+_FLEXI = _Family(_build_vit, partial(vit_filter_fn, interpolation='bilinear', antialias=False), 3)
 _SIGLIP = _VIT._replace(default_pool='map')
 _SIGLIP_GAP = _VIT._replace(default_pool='avg')
-_HYBRID = _Family(_build_flat, hybrid_filter_fn, 3)
-_EVA = _Family(_build_flat, eva_filter_fn, 3)
+_HYBRID = _Family(_build_vit, hybrid_filter_fn, 3)
+_EVA = _Family(_build_eva, eva_filter_fn, 3)
 _LEVIT = _Family(_build_levit, levit_filter_fn, (0, 1, 2))
 
 
