@@ -140,26 +140,28 @@ def class_attention(
 
 
 @torch.fx.wrap
-def mean_attention(attention: Tensor, class_token: bool, slow: Tensor | None) -> Tensor:
+def mean_attention(attention: Tensor, num_heads: int, num_tokens: int, class_token: bool) -> Tensor:
     """Class attention from an attention matrix at hand, averaged over the heads.
 
     Without a class token, the average of the patch tokens takes its place, as the head that averages them reads it.
     Half precision is raised to float32, as in `class_attention`.
 
     Args:
-        attention: Attention of all tokens present (H, B, T, L), or of those that are left by downsampling.
+        attention: Attention of all tokens present (H * B, T, L), or of those that are left by downsampling.
+        num_heads: Number of heads H.
+        num_tokens: Number of tokens K that look and are looked at, the first ones: all but a representative token.
         class_token: Whether the first token is the class token.
-        slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
 
     Returns:
-        Attention (B, L).
+        Attention (B, K).
     """
     dtype = torch.float64 if attention.dtype == torch.float64 else torch.float32
-    if class_token:
-        return attention[:, :, 0].mean(dim=0, dtype=dtype)
-    num_queries = attention.shape[2] if slow is None else slow.shape[1]
+    attention = attention[:, :num_tokens, :num_tokens]
+    num_queries = 1 if class_token else attention.shape[1]
     # one dimension at a time: both at once take eight times as long on a CPU
-    return attention[:, :, :num_queries].sum(dim=2, dtype=dtype).sum(dim=0) / (num_queries * attention.shape[0])
+    paid = attention[:, 0] if class_token else attention.sum(dim=1, dtype=dtype)
+    paid = paid.view(num_heads, paid.shape[0] // num_heads, num_tokens).sum(dim=0, dtype=dtype)
+    return paid / (num_queries * num_heads)
 
 
 def _mix(scores: Tensor, attention: Tensor, tradeoff: float, learned: Tensor | None) -> Tensor:
@@ -288,8 +290,8 @@ def representative_token(x: Tensor, scores: Tensor, slow: Tensor) -> Tensor:
 
 def rows(positions: Tensor, num_tokens: int) -> Tensor:
     """Positions (B, K) in sequences of a length as rows of the whole batch (B * K,), to copy whole rows at once."""
-    offsets = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1) * num_tokens
-    return (positions + offsets).view(-1)
+    offsets = torch.arange(0, positions.shape[0] * num_tokens, num_tokens, device=positions.device)
+    return (positions + offsets.unsqueeze(1)).view(-1)
 
 
 @torch.fx.wrap

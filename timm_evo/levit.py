@@ -108,21 +108,48 @@ def _score(
         num_heads: int,
         class_token: bool,
         tradeoff: float,
-        slow: Tensor | None,
         learned: Tensor | None,
 ) -> Tensor:
-    """Scores (B, P + N) evolved by an attention matrix (H * B, Q, L), see `evolution.global_class_attention`."""
-    attention = attention.view(num_heads, attention.shape[0] // num_heads, attention.shape[1], attention.shape[2])
-    paid = evolution.mean_attention(attention, class_token, slow)
-    return evolution.global_class_attention(scores, paid, tradeoff, slow, learned)
+    """Scores of the tokens present evolved by an attention matrix, see `evolution.global_class_attention`.
+
+    Args:
+        scores: Scores so far (B, P + K) of all tokens but a representative one, which has none; None if there are none.
+        attention: Attention (H * B, Q, L), of Q = L tokens, or of those that are left by downsampling.
+        num_heads: Number of heads H.
+        class_token: Whether the first token is the class token.
+        tradeoff: alpha.
+        learned: Learned trade-off (1,), if any.
+
+    Returns:
+        Scores (B, P + K).
+    """
+    num_tokens = attention.shape[2] if scores is None else scores.shape[1]
+    paid = evolution.mean_attention(attention, num_heads, num_tokens, class_token)
+    return evolution.global_class_attention(scores, paid, tradeoff, None, learned)
+
+
+@torch.fx.wrap
+def _take_scores(scores: Tensor | None, slow: Tensor | None) -> Tensor | None:
+    """Scores (B, P + K) of what is at the positions of a selection; all scores without one."""
+    return scores if scores is None or slow is None else scores.gather(1, slow)
+
+
+@torch.fx.wrap
+def _return_scores(scores: Tensor | None, present: Tensor | None, slow: Tensor | None) -> Tensor | None:
+    """All scores (B, P + N), after some blocks have evolved those that `_take_scores` gave them."""
+    if slow is None:
+        return present
+    return scores if scores is None or present is None else scores.scatter(1, slow, present)
 
 
 @torch.fx.wrap
 def _repeat_biases(biases: Tensor, query: Tensor) -> Tensor:
     """Biases of the grid (H, Q, L) for each image that there are queries (H * B, Q, d) of: (H * B, Q, L)."""
     num_heads, num_queries, num_keys = biases.shape
-    # a sum, because a copy would be one for all images where vmap maps over them, and take no products of each
-    repeated = biases.to(query.dtype).unsqueeze(1) + query.new_zeros(1, query.shape[0] // num_heads, 1, 1)
+    # by an index made of the queries, because another copy would be one for all images where vmap maps over them, and
+    # take no products of each
+    first = query.new_zeros(query.shape[0] // num_heads, dtype=torch.int64)
+    repeated = biases.to(query.dtype).unsqueeze(1).index_select(1, first)
     return repeated.view(query.shape[0], num_queries, num_keys)
 
 
@@ -146,7 +173,8 @@ def _bias_positions(
     """
     if slow is None:
         return None
-    positions = index.view(-1)[slow.unsqueeze(2) * index.shape[0] + slow.unsqueeze(1)]
+    entries = slow.unsqueeze(2) * index.shape[0] + slow.unsqueeze(1)
+    positions = index.view(-1).index_select(0, entries.view(-1)).view_as(entries)
     return positions if representative is None else F.pad(positions, (0, 1, 0, 1), value=float(num_biases))
 
 
@@ -162,7 +190,7 @@ def _gather_biases(biases: Tensor, positions: Tensor, query: Tensor) -> Tensor:
     Returns:
         Biases (H * B, L, L), zero for the representative token.
     """
-    with_zero = torch.cat([biases, biases[:, :1] * 0], dim=1)  # a pad takes three times as many calls
+    with_zero = torch.cat([biases, biases.new_zeros(biases.shape[0], 1)], dim=1)  # a pad takes more calls
     gathered = with_zero.index_select(1, positions.view(-1)).view(query.shape[0], query.shape[1], query.shape[1])
     # no cast that copies nothing: an older export forbids writing to its result
     return gathered if gathered.dtype == query.dtype else gathered.to(query.dtype)
@@ -261,20 +289,18 @@ class EvoAttention(_ScoringAttention, Attention):  # pyright: ignore[reportIncom
             self,
             x: Tensor,
             scores: Tensor | None,
-            slow: Tensor | None,
             positions: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend, and evolve the scores.
 
         Args:
             x: Tokens present (B, L, C): the full sequence, or those of a selection.
-            scores: Scores so far (B, P + N), if any.
-            slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+            scores: Scores so far (B, P + K) of these tokens but a representative one, if any.
             positions: Entries of the table of biases (B, L, L); None where no selection is open, or without biases.
 
         Returns:
             What the attention adds to the tokens (B, L, C).
-            Scores (B, P + N).
+            Scores (B, P + K).
         """
         q, k, v = _split_heads(self.qkv(x), self.num_heads, [self.key_dim, self.key_dim, self.val_dim])
         biases: Tensor | None = None
@@ -285,7 +311,7 @@ class EvoAttention(_ScoringAttention, Attention):  # pyright: ignore[reportIncom
                 biases = _gather_biases(self.attention_biases, positions, q)
         attn = _attend(q, k, self.scale, biases)
         if self.scored:
-            scores = _score(scores, attn, self.num_heads, self.class_token, self.tradeoff, slow, self.learned())
+            scores = _score(scores, attn, self.num_heads, self.class_token, self.tradeoff, self.learned())
         return self.proj(_gather_values(attn, v, self.num_heads)), scores
 
 
@@ -339,7 +365,7 @@ class EvoAttentionDownsample(  # pyright: ignore[reportIncompatibleMethodOverrid
         attn = _attend(q, k, self.scale, biases)
         if self.scored:
             assert scores is not None
-            evolved = _score(scores, attn, self.num_heads, self.class_token, self.tradeoff, None, self.learned())
+            evolved = _score(scores, attn, self.num_heads, self.class_token, self.tradeoff, self.learned())
             scores = evolution.downsampled_class_attention(
                 scores, self.downsample(evolved.unsqueeze(2)).squeeze(2), 1 if self.class_token else 0)
         return self.proj(_gather_values(attn, v, self.num_heads)), scores
@@ -352,11 +378,10 @@ class EvoLevitBlock(LevitBlock):
             self,
             x: Tensor,
             scores: Tensor | None,
-            slow: Tensor | None,
             positions: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens and scores after attention and MLP, see `EvoAttention.forward`."""
-        y, scores = self.attn(x, scores, slow, positions)
+        y, scores = self.attn(x, scores, positions)
         x = x + self.drop_path1(y)
         return x + self.drop_path2(self.mlp(x)), scores
 
@@ -395,17 +420,19 @@ class EvoLevitStage(LevitStage):
         if hasattr(self.downsample, 'attn_downsample'):
             x, scores = self.downsample(x, scores)
 
-        tokens = x
+        tokens, present = x, scores  # what goes through the blocks, and its scores
         slow: Tensor | None = None  # positions of the slow tokens, None while every token goes through the blocks
         representative: Tensor | None = None
         positions: Tensor | None = None
         for i, block in enumerate(self.blocks):
             if self.begins[i]:
                 x = evolution.follow(x, tokens, slow, representative)
+                scores = _return_scores(scores, present, slow)
                 tokens, slow, representative = self._begin_segment(i, x, scores, self.keep_ratio[i])
+                present = _take_scores(scores, slow) if block.attn.scored else None
                 positions = block.attn.bias_positions(slow, representative)
-            tokens, scores = block(tokens, scores, slow, positions)
-        return evolution.follow(x, tokens, slow, representative), scores
+            tokens, present = block(tokens, present, positions)
+        return evolution.follow(x, tokens, slow, representative), _return_scores(scores, present, slow)
 
     def _begin_segment(
             self,
