@@ -14,8 +14,12 @@ try:
 except ImportError:  # it has no release for some platforms
     openvino = None
 
-SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=6, num_heads=2, num_classes=7, start_block=2, stage_depth=2)
-SIMILARITY = dict(selection='similarity', stage_depth=None)
+# one block that sees all tokens, a segment of two and one of one; exporters take their time for each block
+SHORT = dict(depth=4, start_block=1, stage_depth=2)
+SMALL = dict(img_size=32, patch_size=4, embed_dim=32, num_heads=2, num_classes=7, **SHORT)
+LEVIT = dict(img_size=128, depth=(1, 2, 1), num_classes=7, start_block=1)
+TWO_MERGES = dict(depth=3, keep_ratio=[0.7, 0.5])
+SIMILARITY = dict(selection='similarity', stage_depth=None, **TWO_MERGES)
 BATCH_SIZES = (1, 2, 8)
 # registers and LayerScale, a norm before the blocks, attention pooling without a class token, normalised queries and
 # keys, convolutions before the patches
@@ -68,8 +72,8 @@ def run(file: Path, images: Tensor) -> dict[str, Tensor]:
     pytest.param('evo_deit_tiny_patch16_224', SMALL | dict(qk_norm=True, selection='layer'), marks=pytest.mark.slow),
     ('evo_deit_tiny_patch16_224', SMALL | dict(global_pool='avg', class_head=True, fast_update=False)),
     ('evo_deit_tiny_distilled_patch16_224', SMALL | SIMILARITY),
-    ('evo_levit_128s', dict(img_size=128, num_classes=7)),
-    pytest.param('evo_levit_cls_128s', dict(img_size=128, num_classes=7), marks=pytest.mark.slow),
+    ('evo_levit_128s', LEVIT),
+    pytest.param('evo_levit_cls_128s', LEVIT, marks=pytest.mark.slow),
 ])
 def test_onnx_gives_the_logits_at_any_batch_size(name, settings, exporter, tmp_path):
     model, images = create_model(name, settings), random_images(settings)
@@ -84,7 +88,7 @@ def test_onnx_gives_the_logits_at_any_batch_size(name, settings, exporter, tmp_p
 
 @pytest.mark.parametrize('name', VITS)
 def test_every_kind_of_vit_is_exported(name, tmp_path):
-    model = small_vits.create(f'evo_{name}', exportable=True)
+    model = small_vits.create(f'evo_{name}', exportable=True, **TWO_MERGES)
     images = small_vits.images(model, max(BATCH_SIZES))
     exported = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     torch.onnx.export(exported, f=tmp_path / 'model.onnx', dynamo=True, verbose=False, input_names=['images'])
