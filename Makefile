@@ -11,9 +11,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --d
 OLDEST_TIMM := 1.0.22
 OLDEST_TESTS := faithful method similarity eva taps short_block levit layer_to_stage every_vit timm_api errors hub convert
 # the models that `make timm-suite` runs timm's own tests over, and those of `make test`
-MODELS ?= evo_* aimv2_* beit3_* deit* eva_large_patch14_* flexivit_* levit_128s levit_128 levit_192 levit_256 levit_384 test_vit* vit_*
+MODELS ?= evo_* aimv2_* beit3_* deit* eva_* eva02_* flexivit_* levit_128s levit_128 levit_192 levit_256 levit_384 test_vit* vit_*
 FEW_MODELS := evo_test_vit evo_test_vit2 evo_test_vit3 evo_vit_xsmall_patch16_clip_224 evo_vit_tiny_r_s16_p8_224 \
-	evo_eva02_tiny_patch14_224 evo_deit3_small_patch16_224 evo_deit_tiny_patch16_224 evo_deit_tiny_distilled_patch16_224 evo_levit_128s evo_levit_cls_128s
+	evo_eva02_tiny_patch14_224 evo_deit3_small_patch16_224 evo_deit_tiny_patch16_224 \
+	evo_deit_tiny_distilled_patch16_224 evo_levit_128s evo_levit_cls_128s
 
 .PHONY: demo docs test lint tests tests-slow tests-oldest-timm timm-suite few-of-timm-suite clean
 

@@ -138,6 +138,17 @@ def test_patches_that_are_dropped_in_training_take_their_rotations_along(kind, s
     torch.testing.assert_close(actual, model.norm(expected), rtol=0, atol=1e-9)
 
 
+@pytest.mark.skipif('sapiens2' not in KINDS, reason='an older timm has no gates')
+@pytest.mark.parametrize('selection', ['layer', 'similarity'])
+@torch.no_grad()
+def test_gates_of_attention_are_as_they_are(selection):
+    settings = choose_settings(selection, seed=7)
+    model = build(**KINDS['rope'], **settings)
+    for block in model.blocks:
+        block.attn.gate = nn.Linear(24, 24).double()
+    check_equal(model, torch.randn(2, 3, 24, 24, dtype=torch.float64), settings)
+
+
 @pytest.mark.skipif('sapiens2' not in KINDS, reason='an older timm has it for no model')
 def test_rotations_are_augmented_in_training_only():
     model = build(**KINDS['eva02'], rope_jitter_coords=2., selection='similarity')

@@ -96,9 +96,9 @@ TRAININGS = {
         ['--model', 'evo_levit_cls_128s', *LEVIT, 'layerwise_updates=3'], ['--model-ema'], ['--use-ema']),
     'eva02': Training(['--model', 'evo_eva02_tiny_patch14_224', *SMALL]),
     'dinov3': Training(  # dynamic image sizes, registers, and a rotation that is augmented in training
-        ['--model', 'evo_vit_small_patch16_dinov3', '--gp', 'avg', *SMALL, f'layerwise_updates={BATCHES}',
-         'selection=stage', 'rope_rescale_coords=2.'],
-        ['--amp', '--amp-dtype', 'bfloat16', '--grad-checkpointing']),
+        ['--model', 'evo_vit_small_patch16_dinov3', '--gp', 'avg', '--amp', '--amp-dtype', 'bfloat16', *SMALL,
+         f'layerwise_updates={BATCHES}', 'selection=stage', 'rope_rescale_coords=2.'],
+        ['--grad-checkpointing']),
     'compiled': Training(
         ['--model', 'evo_deit_tiny_patch16_224', *TINY, f'layerwise_updates={BATCHES}'],
         ['--torchcompile'],
@@ -291,6 +291,7 @@ def test_train_resumes_counting(workplace, trained, epoch):
     ('levit', []),
     ('levit', ['--reparam']),
     ('eva02', []),
+    ('dinov3', []),
 ])
 def test_validate_agrees_with_train(workplace, trained, name, option):
     run = trained(name)
