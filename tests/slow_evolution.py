@@ -201,3 +201,29 @@ def _rotate(x: Tensor, rotation: Tensor, half: bool) -> Tensor:
         turned[a] = x[:, a] * cos[:, a] - x[:, b] * sin[:, a]
         turned[b] = x[:, b] * cos[:, b] + x[:, a] * sin[:, b]
     return torch.stack(turned, dim=1)
+
+
+def assert_equal_after_every_block(model, images: Tensor, expected: list[Tensor], settings: str) -> None:
+    """Compare all that a model gives, in float64, with full sequences (B, P + N, C) after each block."""
+    final, intermediates = model.forward_intermediates(images, output_fmt='NLC', return_prefix_tokens=True)
+    if model.num_prefix_tokens:
+        intermediates = [torch.cat([prefix, patches], dim=1) for patches, prefix in intermediates]
+    for i, (actual, wanted) in enumerate(zip(intermediates, expected, strict=True)):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-9, msg=lambda m, i=i: f'block {i}, {settings}: {m}')
+    torch.testing.assert_close(final, model.norm(expected[-1]), rtol=0, atol=1e-9)
+    torch.testing.assert_close(model(images), model.forward_head(model.norm(expected[-1])), rtol=0, atol=1e-9)
+
+
+def assert_equal_gradients(model, logits: Tensor, expected: Tensor, atol: dict[str, float] | None = None) -> None:
+    """Compare the gradients of all parameters by two ways to logits, within 1e-9 or what `atol` says of a parameter."""
+    parameters = dict(model.named_parameters())
+
+    def gradients(logits):
+        weight = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
+        return torch.autograd.grad((logits * weight).sum(), parameters.values(), allow_unused=True)
+
+    for name, a, e in zip(parameters, gradients(logits), gradients(expected), strict=True):
+        assert (a is None) == (e is None), name
+        if e is not None:
+            bound = (atol or {}).get(name, 1e-9) * max(1, e.abs().max().item())
+            torch.testing.assert_close(a, e, rtol=0, atol=bound, msg=name)

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from slow_evolution import evolve_slowly
+from slow_evolution import assert_equal_after_every_block, assert_equal_gradients, evolve_slowly
 from slow_similarity import average_slowly
 from test_method import SMALL, random_settings, slow_arguments
 from timm.layers import RmsNorm
@@ -82,13 +82,7 @@ def run_slowly(model: EvoEva, images: torch.Tensor, settings: dict) -> list[torc
 
 def check_equal(model: EvoEva, images: torch.Tensor, settings: dict) -> None:
     expected = run_slowly(model, images, settings)
-    final, intermediates = model.forward_intermediates(images, output_fmt='NLC', return_prefix_tokens=True)
-    if model.num_prefix_tokens:
-        intermediates = [torch.cat([prefix, patches], dim=1) for patches, prefix in intermediates]
-    for i, (actual, wanted) in enumerate(zip(intermediates, expected, strict=True)):
-        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-9, msg=lambda m, i=i: f'block {i}, {settings}: {m}')
-    torch.testing.assert_close(final, model.norm(expected[-1]), rtol=0, atol=1e-9)
-    torch.testing.assert_close(model(images), model.forward_head(model.norm(expected[-1])), rtol=0, atol=1e-9)
+    assert_equal_after_every_block(model, images, expected, str(settings))
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -166,20 +160,9 @@ def test_gradients_equal_the_obvious_implementation(kind, selection, checkpointi
     model = build(**KINDS[kind], **settings)
     model.set_grad_checkpointing(checkpointing)
     images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
-    parameters = dict(model.named_parameters())
     settings |= dict(start_block=2, stage_depth=3, tradeoff=0.5, fast_update=True)  # the defaults, worked out
-
-    def gradients(logits):
-        weight = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
-        return torch.autograd.grad((logits * weight).sum(), parameters.values(), allow_unused=True)
-
-    actual = gradients(model(images))
-    expected = gradients(model.forward_head(model.norm(run_slowly(model, images, settings)[-1])))
-    for name, a, e in zip(parameters, actual, expected, strict=True):
-        assert (a is None) == (e is None), name
-        if e is not None:
-            atol = 1e-5 if name == 'rope.freqs' else 1e-9  # timm computes mixed rotations in float32
-            torch.testing.assert_close(a, e, rtol=0, atol=atol * max(1, e.abs().max().item()), msg=name)
+    expected = model.forward_head(model.norm(run_slowly(model, images, settings)[-1]))
+    assert_equal_gradients(model, model(images), expected, {'rope.freqs': 1e-5})  # timm computes these in float32
 
 
 @pytest.mark.parametrize('kind', KINDS)

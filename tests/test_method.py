@@ -4,7 +4,7 @@ import random
 import pytest
 import timm
 import torch
-from slow_evolution import evolve_slowly
+from slow_evolution import assert_equal_after_every_block, assert_equal_gradients, evolve_slowly
 from torch import nn
 
 from timm_evo import EvoVisionTransformer, EvoVisionTransformerDistilled, evolution
@@ -72,13 +72,7 @@ def test_equals_the_obvious_implementation(kind, seed):
     images = torch.randn(3, 3, 24, 24, dtype=torch.float64)
 
     expected = evolve_slowly(model, images, **slow_arguments(settings))
-    final, intermediates = model.forward_intermediates(images, output_fmt='NLC', return_prefix_tokens=True)
-    if model.num_prefix_tokens:
-        intermediates = [torch.cat([prefix, patches], dim=1) for patches, prefix in intermediates]
-    for i, (actual, wanted) in enumerate(zip(intermediates, expected, strict=True)):
-        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-9, msg=lambda m, i=i: f'block {i}, {settings}: {m}')
-    torch.testing.assert_close(final, model.norm(expected[-1]), rtol=0, atol=1e-9)
-    torch.testing.assert_close(model(images), model.forward_head(model.norm(expected[-1])), rtol=0, atol=1e-9)
+    assert_equal_after_every_block(model, images, expected, str(settings))
 
 
 @pytest.mark.parametrize('kind', ['class token', 'no class token', 'qk norm', 'distilled'])
@@ -87,18 +81,8 @@ def test_gradients_equal_the_obvious_implementation(kind, seed):
     settings = random_settings(seed) | dict(fast_update=True, keep_ratio=0.4)
     model = build(seed=seed, **KINDS[kind], **settings)
     images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
-    parameters = dict(model.named_parameters())
-
-    def gradients(logits):
-        weight = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
-        return torch.autograd.grad((logits * weight).sum(), parameters.values(), allow_unused=True)
-
-    actual = gradients(model(images))
-    expected = gradients(model.forward_head(model.norm(evolve_slowly(model, images, **slow_arguments(settings))[-1])))
-    for name, a, e in zip(parameters, actual, expected, strict=True):
-        assert (a is None) == (e is None), name
-        if e is not None:
-            torch.testing.assert_close(a, e, rtol=0, atol=1e-9 * max(1, e.abs().max().item()), msg=name)
+    expected = model.forward_head(model.norm(evolve_slowly(model, images, **slow_arguments(settings))[-1]))
+    assert_equal_gradients(model, model(images), expected)
 
 
 @pytest.mark.parametrize('name', ['deit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224', 'test_vit'])

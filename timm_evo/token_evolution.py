@@ -232,9 +232,9 @@ class TokenEvolution(ClassAttentionBeside, Evolved, _Dense):
             representative: Whether a representative token is the last one.
 
         Returns:
-            As timm's blocks take them, see `evolution.gather_rotations`; None where there are none.
+            As timm's blocks take them, see `evolution.gather_rotations`; None where there are none, as here.
         """
-        raise NotImplementedError
+        return None
 
     def _forward_blocks(
             self,

@@ -33,17 +33,6 @@ class VisionTransformerEvolution(TokenEvolution):
             return None
         return self.patch_embed.dynamic_feat_size((images.shape[2], images.shape[3]))[1]
 
-    def _rotations(
-            self,
-            index: int,
-            begins: bool,
-            rope: Tensor | None,
-            rotation: Tensor | None,
-            positions: Tensor | None,
-            representative: bool,
-    ) -> Tensor | None:
-        return None
-
     def _forward_all_blocks(self, x: Tensor, rope: Tensor | None, grid_width: int | None) -> Tensor:
         if not torch.jit.is_scripting():
             if short_block.has_hooks(self.blocks):
