@@ -40,7 +40,7 @@ MODEL_ARGS = dict(
 UPDATES = 18  # 3 in an epoch: 39 images, of which 36 have their turn, in another order each epoch
 OPTIONS = [
     '--model', MODEL, '--batch-size', '12', '--epochs', '6', '--save-every', '5', '--lr', '5e-3', '--clip-grad', '1',
-    '--transform-kwargs', 'auto_augment=rand-m9-mstd0.5-inc1', 're_prob=0.25',
+    '--transform-kwargs', 'auto_augment=rand-m9-inc1', 're_prob=0.25',
     '--mixup-kwargs', 'mixup_alpha=0.8', 'cutmix_alpha=1.0', '--scheduler-kwargs', 'warmup_epochs=1',
     '--model-kwargs', *(f'{name}={value}' for name, value in MODEL_ARGS.items()),
 ]
