@@ -199,9 +199,5 @@ def test_other_arguments_than_those_of_the_checkpoint_are_refused(call, uninterr
 def test_it_trains_compiled_in_half_precision_and_with_checkpointing(images, uninterrupted, tmp_path, option):
     run(2, images, tmp_path, *OPTIONS, option, launcher=TORCHRUN)
     assert all(map(math.isfinite, losses(tmp_path)))
-    seen, wanted = losses(tmp_path), losses(uninterrupted)
-    if option == '--bfloat16':  # what is rounded selects other tokens here and there, which adds up over the updates
-        assert seen[:6] == pytest.approx(wanted[:6], rel=0, abs=0.05)
-        assert sum(seen) / len(seen) == pytest.approx(sum(wanted) / len(wanted), rel=0, abs=0.05)
-    else:
-        assert seen == pytest.approx(wanted, rel=0, abs=1e-3)
+    close = 0.05 if option == '--bfloat16' else 1e-3
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=0, abs=close)
