@@ -21,11 +21,12 @@ LEVIT = dict(img_size=128, depth=(1, 2, 1), num_classes=7, start_block=1)
 TWO_MERGES = dict(depth=3, keep_ratio=[0.7, 0.5])
 SIMILARITY = dict(selection='similarity', stage_depth=None, **TWO_MERGES)
 BATCH_SIZES = (1, 2, 8)
-# registers and LayerScale, a norm before the blocks, attention pooling without a class token, normalised queries and
-# keys, convolutions before the patches
 VITS = [
-    'vit_small_patch14_reg4_dinov2', 'vit_base_patch16_clip_224', 'vit_base_patch16_siglip_224', 'test_vit3',
-    'vit_tiny_r_s16_p8_224',
+    'vit_small_patch14_reg4_dinov2',  # registers and LayerScale
+    'vit_base_patch16_siglip_224',  # attention pooling without a class token
+    pytest.param('vit_base_patch16_clip_224', marks=pytest.mark.slow),  # a norm before the blocks
+    pytest.param('test_vit3', marks=pytest.mark.slow),  # normalised queries and keys
+    pytest.param('vit_tiny_r_s16_p8_224', marks=pytest.mark.slow),  # convolutions before the patches
 ]
 
 
@@ -107,7 +108,11 @@ def test_every_kind_of_vit_is_exported(name, tmp_path):
             assert difference < 1e-4, f'{runtime}, batch {batch_size}: {difference}'
 
 
-@pytest.mark.parametrize('settings', [dict(), dict(selection='layer', keep_ratio=0.7, fast_update=False), SIMILARITY])
+@pytest.mark.parametrize('settings', [
+    dict(),
+    pytest.param(dict(selection='layer', keep_ratio=0.7, fast_update=False), marks=pytest.mark.slow),
+    SIMILARITY,
+])
 def test_an_export_may_leave_the_image_size_open(settings, tmp_path):
     """As timm's dense model with `dynamic_img_size`: how many tokens are slow follows from the grid."""
     model = create_model('evo_deit_tiny_patch16_224', SMALL | dict(dynamic_img_size=True) | settings)

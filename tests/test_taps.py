@@ -317,7 +317,7 @@ def trace(model: EvoVisionTransformer) -> torch.jit.ScriptModule:
     trace,
     lambda model: torch.export.export(model, (images(2),), dynamic_shapes=({0: torch.export.Dim('b')},)).module(),
 ], ids=['eager', 'compiled', 'compiled blocks', 'compiled methods', 'scripted', 'traced', 'exported'])
-@pytest.mark.parametrize('kind', ['class token', 'qk norm, no class token'])
+@pytest.mark.parametrize('kind', ['class token', pytest.param('qk norm, no class token', marks=pytest.mark.slow)])
 def test_threads_share_a_model(kind, prepare):
     torch._dynamo.reset()
     model = build(**LAYERWISE, **KINDS[kind]).eval()

@@ -108,7 +108,7 @@ def killed(images, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.fixture(scope='module', params=[2, 3])
+@pytest.fixture(scope='module', params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def resumed(request, images, killed, tmp_path_factory) -> tuple[int, Path, Path]:
     output = tmp_path_factory.mktemp('resumed') / 'output'
     shutil.copytree(killed, output)
