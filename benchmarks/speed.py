@@ -26,6 +26,8 @@ LEVIT = [f'evo_levit_{scheme}{size}' for size in ('128s', '256', '384') for sche
 VIT_224 = [f'evo_vit_{size}_patch16_224' for size in ('small', 'base', 'large')]
 VIT_384 = [f'evo_vit_{size}_patch16_384' for size in ('small', 'base', 'large')]
 DINOV2 = ['evo_vit_small_patch14_dinov2']  # 518 pixels
+DINOV3 = [f'evo_vit_{size}_patch16_dinov3' for size in ('small', 'base')]
+BOTH = ('stage', 'similarity')
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Setting:
         compile_mode: Of torch.compile, eager if None.
         train: Training instead of inference.
         reparam: With fused batch norms.
+        selections: Each evolved model with each of these, its own if there are none.
     """
     models: list[str]
     batch_size: int
@@ -50,6 +53,7 @@ class Setting:
     compile_mode: str | None = None
     train: bool = False
     reparam: bool = False
+    selections: tuple[str, ...] = ()
 
 
 # The weights of DeiT are random, so its models of 224 pixels, which come in all three sizes, are measured at 384, too.
@@ -68,20 +72,23 @@ SETTINGS = {
         'dinov2-518': Setting(DINOV2, 2),
     },
     'cuda': {
-        'deit-224-compiled': Setting(DEIT, 256, dtype='bfloat16', compile_mode='default'),
-        'deit-384-compiled': Setting(DEIT, 64, 384, dtype='bfloat16', compile_mode='default'),
-        'deit-224': Setting(DEIT, 256, dtype='bfloat16'),
-        'deit-384': Setting(DEIT, 64, img_size=384, dtype='bfloat16'),
-        'deit-latency': Setting(DEIT, 1, dtype='bfloat16'),
-        'deit-latency-graphs': Setting(DEIT, 1, dtype='bfloat16', compile_mode='reduce-overhead'),
-        'deit-train': Setting(SMALL, 256, autocast='bfloat16', train=True),
+        'deit-224-compiled': Setting(DEIT, 256, dtype='bfloat16', compile_mode='default', selections=BOTH),
+        'deit-384-compiled': Setting(DEIT, 64, 384, dtype='bfloat16', compile_mode='default', selections=BOTH),
+        'deit-latency-graphs': Setting(DEIT, 1, dtype='bfloat16', compile_mode='reduce-overhead', selections=BOTH),
+        'deit-224': Setting(DEIT, 256, dtype='bfloat16', selections=BOTH),
+        'deit-384': Setting(DEIT, 64, img_size=384, dtype='bfloat16', selections=BOTH),
+        'deit-latency': Setting(DEIT, 1, dtype='bfloat16', selections=BOTH),
+        'deit-train': Setting(SMALL, 256, autocast='bfloat16', train=True, selections=BOTH),
         'levit-bfloat16': Setting(LEVIT, 256, dtype='bfloat16'),
         'levit-float16': Setting(LEVIT, 256, dtype='float16'),
         'levit-bfloat16-compiled': Setting(LEVIT, 256, dtype='bfloat16', compile_mode='default'),
         'levit-float16-compiled': Setting(LEVIT, 256, dtype='float16', compile_mode='default'),
-        'vit-224-compiled': Setting(VIT_224, 128, dtype='bfloat16', compile_mode='default'),
-        'vit-384-compiled': Setting(VIT_384, 32, dtype='bfloat16', compile_mode='default'),
-        'dinov2-518-compiled': Setting(DINOV2, 32, dtype='bfloat16', compile_mode='default'),
+        'vit-224-compiled': Setting(VIT_224, 128, dtype='bfloat16', compile_mode='default', selections=BOTH),
+        'vit-384-compiled': Setting(VIT_384, 32, dtype='bfloat16', compile_mode='default', selections=BOTH),
+        'dinov2-518-compiled': Setting(DINOV2, 32, dtype='bfloat16', compile_mode='default', selections=BOTH),
+        'dinov3-256-compiled': Setting(DINOV3, 128, dtype='bfloat16', compile_mode='default', selections=BOTH),
+        'dinov3-512-compiled': Setting(DINOV3, 32, 512, dtype='bfloat16', compile_mode='default', selections=BOTH),
+        'levit-latency-graphs': Setting(LEVIT, 1, dtype='bfloat16', compile_mode='reduce-overhead'),
     },
 }
 
@@ -100,7 +107,7 @@ def measure_setting(setting: Setting, device: torch.device, rounds: int) -> dict
         rounds *= LATENCY_ROUNDS
     summary = {}
     for names in by_dense_twin(setting.models):  # apart, because models of other sizes leave the memory as they like
-        variants = with_twins(names, setting.img_size)
+        variants = with_twins(names, setting.img_size, each=[{'selection': each} for each in setting.selections])
         results = measure(
             variants,
             rounds=rounds,

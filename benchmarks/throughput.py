@@ -133,7 +133,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    variants = with_twins(args.models, args.img_size, args.model_kwargs, args.keep_ratios)
+    each = [{'keep_ratio': ratio} for ratio in args.keep_ratios] if args.keep_ratios else None
+    variants = with_twins(args.models, args.img_size, args.model_kwargs, each)
     how = choose_how(args)
     results = measure(variants, rounds=args.rounds, batch_size=args.batch_size, **how)
     summary = summarise(variants, results, args.batch_size)

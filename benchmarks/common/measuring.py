@@ -74,7 +74,7 @@ def with_twins(
         names: list[str],
         img_size: int | None = None,
         evolution_kwargs: dict | None = None,
-        keep_ratios: list[float] | None = None,
+        each: list[dict] | None = None,
 ) -> list[Variant]:
     """The models to run: each of `names` once, evolved ones right after their dense twins.
 
@@ -82,12 +82,13 @@ def with_twins(
         names: Evolved and dense models.
         img_size: Of all of them, their own if None.
         evolution_kwargs: Arguments of the evolved ones.
-        keep_ratios: Each evolved model at each of these, under a label that says so.
+        each: Each evolved model with each of these arguments, too, under a label that says so.
     """
     shared = {} if img_size is None else {'img_size': img_size}
-    evolutions = {'': evolution_kwargs or {}}
-    if keep_ratios is not None:
-        evolutions = {f', keep_ratio={ratio}': evolutions[''] | {'keep_ratio': ratio} for ratio in keep_ratios}
+    evolutions = {
+        ''.join(f', {key}={value}' for key, value in own.items()): (evolution_kwargs or {}) | own
+        for own in each or [{}]
+    }
     variants = []
     for name in dict.fromkeys(model for given in names for model in (dense_twin(given), given)):
         if name == dense_twin(name):
