@@ -5,7 +5,6 @@ One run is started as a user does it.
 """
 import importlib.util
 import json
-import math
 import os
 import shutil
 import signal
@@ -195,9 +194,17 @@ def test_other_arguments_than_those_of_the_checkpoint_are_refused(call, uninterr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('option', ['--compile', '--bfloat16', '--grad-checkpointing'])
-def test_it_trains_compiled_in_half_precision_and_with_checkpointing(images, uninterrupted, tmp_path, option):
+@pytest.mark.parametrize('option', ['--compile', '--grad-checkpointing'])
+def test_it_trains_compiled_and_with_checkpointing(images, uninterrupted, tmp_path, option):
     run(2, images, tmp_path, *OPTIONS, option, launcher=TORCHRUN)
-    assert all(map(math.isfinite, losses(tmp_path)))
-    close = 0.05 if option == '--bfloat16' else 1e-3
-    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=0, abs=close)
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=0, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_it_trains_in_half_precision(images, tmp_path):
+    """At a tenth of the learning rate: at that of the other tests what rounding does grows from update to update, with
+    all tokens kept, too."""
+    for name, option in [('float32', []), ('bfloat16', ['--bfloat16'])]:
+        run(2, images, tmp_path / name, *OPTIONS, '--lr', '5e-4', *option, launcher=TORCHRUN)
+    assert losses(tmp_path / 'bfloat16') == pytest.approx(losses(tmp_path / 'float32'), rel=0, abs=5e-3)
+    assert losses(tmp_path / 'bfloat16') != losses(tmp_path / 'float32')
