@@ -18,7 +18,7 @@ FEW_MODELS := evo_test_vit evo_test_vit2 evo_test_vit3 evo_vit_xsmall_patch16_cl
 
 .PHONY: demo docs test lint tests tests-slow tests-oldest-timm timm-suite few-of-timm-suite clean
 
-demo: $(VENV)/ready
+demo: $(VENV)/ready-for-demo
 	$(BIN)/python examples/digits.py
 
 # The documentation as a site, into site/; a link that leads nowhere is an error.
@@ -52,6 +52,12 @@ timm-suite few-of-timm-suite: $(VENV)/timm-suite
 $(VENV)/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[demo,test]'
+	touch $@
+
+# Without what the tests need, which takes minutes to install.
+$(VENV)/ready-for-demo: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	touch $@
 
 $(VENV)/ready-for-docs: $(VENV)/ready

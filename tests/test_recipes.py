@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 from test_timm_scripts import Workplace
 from timm.data import resolve_data_config
+from timm.data.auto_augment import rand_augment_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.models import load_state_dict, save_for_hf
 
@@ -27,6 +28,10 @@ ROOT = Path(__file__).parents[1]
 FILES = {file.stem: file for file in sorted((ROOT / 'recipes').glob('*.yaml'))}
 RECIPES = {name: yaml.safe_load(file.read_text()) for name, file in FILES.items()}
 IMAGES = 1_281_167  # for training, in ImageNet-1k
+AUGMENTATIONS = {recipe['aa'] for recipe in RECIPES.values()} | {
+    recipe['train']['aa']
+    for recipe in (yaml.safe_load(file.read_text()) for file in (ROOT / 'benchmarks' / 'recipes').glob('*.yaml'))
+    if 'aa' in recipe['train']}
 LAYERWISE_EPOCHS = 200
 # options that may differ between the recipes of a family
 OWN = {'model', 'model_kwargs', 'img_size', 'batch_size', 'drop_path', 'amp_dtype'}
@@ -124,6 +129,19 @@ def test_recipes_of_a_family_differ_only_in_what_is_listed(name):
     first = next(other for other in RECIPES if family(other) == family(name))
     assert {k: v for k, v in RECIPES[name].items() if k not in OWN} == {
         k: v for k, v in RECIPES[first].items() if k not in OWN}
+
+
+@pytest.mark.parametrize('augmentation', sorted(AUGMENTATIONS))
+def test_the_installed_pillow_takes_each_magnitude_that_the_augmentation_can_draw(augmentation):
+    pixels = np.random.default_rng(0).integers(256, size=(16, 16, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    for op in rand_augment_transform(augmentation, dict(translate_const=7, img_mean=(124, 116, 104))).ops:
+        mean, std = op.magnitude, op.magnitude_std
+        op.prob, op.magnitude_std = 1., 0.
+        # of a normal distribution, 1 of 10^15 is further away; the operation cuts off what is above its maximum
+        for magnitude in np.linspace(mean - 8 * std, mean + 8 * std, 65):
+            op.magnitude = magnitude
+            assert op(image).size == image.size
 
 
 @NEEDS_SCRIPTS
