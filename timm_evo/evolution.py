@@ -156,7 +156,8 @@ def mean_attention(attention: Tensor, num_heads: int, num_tokens: int, class_tok
         Attention (B, K).
     """
     dtype = torch.float64 if attention.dtype == torch.float64 else torch.float32
-    attention = attention[:, :num_tokens, :num_tokens]
+    if attention.shape[2] > num_tokens:  # there is a representative token, the last in rows and columns
+        attention = attention[:, :num_tokens, :num_tokens]
     num_queries = 1 if class_token else attention.shape[1]
     # one dimension at a time: both at once take eight times as long on a CPU
     paid = attention[:, 0] if class_token else attention.sum(dim=1, dtype=dtype)

@@ -28,7 +28,6 @@ from timm.models.levit import (
     NormLinear,
 )
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import evolution
 from .arguments import split_arguments
@@ -56,10 +55,6 @@ if TYPE_CHECKING:
 else:
     _Dense, _DenseAttention = object, nn.Module
 
-# PyTorch's counter knows the product that returns its sum with a matrix, but not the one that adds to it in place.
-if torch.ops.aten.baddbmm_ not in flop_registry:
-    register_flop_formula(torch.ops.aten.baddbmm_, get_raw=True)(flop_registry[torch.ops.aten.baddbmm])
-
 
 @torch.fx.wrap
 def _split_heads(x: Tensor, num_heads: int, dims: list[int]) -> list[Tensor]:
@@ -77,16 +72,15 @@ def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> 
         query: Queries (H * B, Q, d).
         key: Keys (H * B, L, d).
         scale: Factor on the products.
-        biases: Biases of each image (H * B, Q, L), which are overwritten.
+        biases: Biases (H, 1 or B, Q, L).
 
     Returns:
         Attention (H * B, Q, L).
     """
-    key = key.transpose(1, 2)
-    if biases is None:
-        logits = (query * scale).bmm(key)
-    else:  # products are added in place to what each image has a copy of anyway: a pass over the matrix less
-        logits = biases.baddbmm_(query, key, alpha=scale)
+    logits = (query * scale).bmm(key.transpose(1, 2))
+    if biases is not None:  # in place, because another matrix takes its time
+        by_image = logits.view(biases.shape[0], query.shape[0] // biases.shape[0], logits.shape[1], logits.shape[2])
+        logits = by_image.add_(biases).view_as(logits)
     return logits.softmax(dim=-1)
 
 
@@ -143,17 +137,6 @@ def _return_scores(scores: Tensor | None, present: Tensor | None, slow: Tensor |
 
 
 @torch.fx.wrap
-def _repeat_biases(biases: Tensor, query: Tensor) -> Tensor:
-    """Biases of the grid (H, Q, L) for each image that there are queries (H * B, Q, d) of: (H * B, Q, L)."""
-    num_heads, num_queries, num_keys = biases.shape
-    # by an index made of the queries, because another copy would be one for all images where vmap maps over them, and
-    # take no products of each
-    first = query.new_zeros(query.shape[0] // num_heads, dtype=torch.int64)
-    repeated = biases.to(query.dtype).unsqueeze(1).index_select(1, first)
-    return repeated.view(query.shape[0], num_queries, num_keys)
-
-
-@torch.fx.wrap
 def _bias_positions(
         index: Tensor,
         slow: Tensor | None,
@@ -179,21 +162,19 @@ def _bias_positions(
 
 
 @torch.fx.wrap
-def _gather_biases(biases: Tensor, positions: Tensor, query: Tensor) -> Tensor:
+def _gather_biases(biases: Tensor, positions: Tensor) -> Tensor:
     """Attention biases of the tokens of a selection.
 
     Args:
         biases: Table (H, N).
         positions: Entries (B, L, L), as `_bias_positions` gives them.
-        query: Queries (H * B, L, d), whose type the biases take.
 
     Returns:
-        Biases (H * B, L, L), zero for the representative token.
+        Biases (H, B, L, L), zero for the representative token.
     """
     with_zero = torch.cat([biases, biases.new_zeros(biases.shape[0], 1)], dim=1)  # a pad takes more calls
-    gathered = with_zero.index_select(1, positions.view(-1)).view(query.shape[0], query.shape[1], query.shape[1])
-    # no cast that copies nothing: an older export forbids writing to its result
-    return gathered if gathered.dtype == query.dtype else gathered.to(query.dtype)
+    gathered = with_zero.index_select(1, positions.view(-1))
+    return gathered.view(biases.shape[0], positions.shape[0], positions.shape[1], positions.shape[2])
 
 
 class _ScoringAttention(_DenseAttention):
@@ -306,9 +287,9 @@ class EvoAttention(_ScoringAttention, Attention):  # pyright: ignore[reportIncom
         biases: Tensor | None = None
         if self.attention_biases is not None:
             if positions is None:
-                biases = _repeat_biases(self.get_attention_biases(x.device), q)
+                biases = self.get_attention_biases(x.device).unsqueeze(1)
             else:
-                biases = _gather_biases(self.attention_biases, positions, q)
+                biases = _gather_biases(self.attention_biases, positions)
         attn = _attend(q, k, self.scale, biases)
         if self.scored:
             scores = _score(scores, attn, self.num_heads, self.class_token, self.tradeoff, self.learned())
@@ -361,7 +342,7 @@ class EvoAttentionDownsample(  # pyright: ignore[reportIncompatibleMethodOverrid
         q, = _split_heads(self.q.ln(self.downsample(x)), self.num_heads, [self.key_dim])
         biases: Tensor | None = None
         if self.attention_biases is not None:
-            biases = _repeat_biases(self.get_attention_biases(x.device), q)
+            biases = self.get_attention_biases(x.device).unsqueeze(1)
         attn = _attend(q, k, self.scale, biases)
         if self.scored:
             assert scores is not None
