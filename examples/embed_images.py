@@ -29,13 +29,14 @@ parser.add_argument('--data', nargs='+', required=True, help='folders of images,
 for name, default, text in [
         ('output', None, 'a folder that all machines share'), ('model', None, "any of timm's, or hf-hub:OWNER/NAME"),
         ('checkpoint', '', 'a file of weights'), ('batch-size', 256, 'images that go through a model at once'),
-        ('save-every', 4096, 'images in a file, or more: those that a kill costs'),
+        ('save-every', 4096, 'images in a file, or more; what is in none yet is done again'),
         ('actors', 0, 'models at work; 0 is one per GPU, or one per machine if there is none'),
         ('image-column', 'image', 'of .parquet files, with bytes or {bytes, path}'),
         ('id-column', '', 'of .parquet files; otherwise an id is the path and a hash of path and row')]:
-    parser.add_argument(f'--{name}', type=type(default or ''), default=default, required=default is None,
-                        help=text + (f' (default: {default})' if default else ''))
-parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE', help='for it')
+    parser.add_argument(
+        f'--{name}', type=type(default or ''), default=default, required=default is None,
+        help=text + (f' (default: {default})' if default else ''))
+parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
 for name, text in [('pretrained', 'weights of the Hub'), ('bfloat16', 'autocast'), ('compile', 'by torch.compile')]:
     parser.add_argument(f'--{name}', action='store_true', help=text)
 CAN_CHANGE = {'output', 'batch_size', 'save_every', 'actors', 'compile'}  # when it goes on
@@ -129,7 +130,7 @@ def find_images(args: argparse.Namespace) -> tuple[pa.ChunkedArray | None, int]:
         ids = rows[args.id_column].cast(IDS) if column else None
     if ids is not None and (ids.null_count or len(pc.unique(ids)) < len(ids)):
         twice = next((str(each['values']) for each in pc.value_counts(ids) if each['counts'].as_py() > 1), 'null')
-        parser.error(f'{"--data" if folders else "--id-column"} must have each id once, but {twice} is there more often')
+        parser.error(f'--{"data" if folders else "id-column"} must have each id once, but {twice} is there more often')
     return ids, len(ids) if folders else rows.num_rows
 
 
@@ -159,12 +160,13 @@ def plan_actors(actors: int) -> tuple[int, dict]:
     return actors, {'num_cpus': 1, 'num_gpus': 1} if gpus else {'num_cpus': threads}
 
 
-def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.ChunkedArray, number: int, model: torch.nn.Module,
-          config: dict) -> None:
+def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.ChunkedArray, number: int,
+          model: torch.nn.Module, config: dict) -> None:
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')  # a warning that is not about this
     os.environ.setdefault('RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL', '30')  # seconds
-    ray.init(include_dashboard=False, logging_level=logging.WARNING)
+    alone = os.cpu_count() == 1 and os.environ.get('RAY_ADDRESS', 'local') == 'local'  # one to decode, one for the model
+    ray.init(include_dashboard=False, logging_level=logging.WARNING, num_cpus=2 if alone else None)
     actors, resources = plan_actors(args.actors)
     blocks, parquet = -(-number // args.batch_size), args.data[0].endswith('.parquet')
     if parquet:
