@@ -32,7 +32,7 @@ for name, default, text in [
         ('save-every', 4096, 'images in a file, or more; what is in none yet is done again'),
         ('actors', 0, 'models at work; 0 is one per GPU, or one per machine if there is none'),
         ('image-column', 'image', 'of .parquet files, with bytes or {bytes, path}'),
-        ('id-column', '', 'of .parquet files; otherwise an id is the path and a hash of path and row')]:
+        ('id-column', '', 'of .parquet files; without it, ids are path and hash of the row')]:
     parser.add_argument(
         f'--{name}', type=type(default or ''), default=default, required=default is None,
         help=text + (f' (default: {default})' if default else ''))
@@ -55,9 +55,7 @@ def decode(table: pa.Table, transform, column: str, id_columns: list[str], done:
         except Exception as error:  # Pillow's decoders raise many kinds
             bad[name] = f'{type(error).__name__}: {str(error).split(" <")[0]}'
     if bad:  # named by what is in it: a task that runs again writes the same file
-        note = unreadable / f'{hashlib.sha256("".join(bad).encode()).hexdigest()}.json'
-        note.with_suffix(f'.{os.getpid()}').write_text(json.dumps(bad))
-        note.with_suffix(f'.{os.getpid()}').rename(note)
+        (unreadable / f'{hashlib.sha256("".join(bad).encode()).hexdigest()}.json').write_text(json.dumps(bad))
     if good:
         yield {'id': np.array(good), 'image': np.stack(images)}
 
@@ -113,8 +111,9 @@ def find_images(args: argparse.Namespace) -> tuple[pa.ChunkedArray | None, int]:
             parser.error(f'--data must be folders, or .parquet files that exist: {path} is not')
     if folders:
         found = [find_images_and_targets(os.path.abspath(path))[0] for path in args.data]
-        ids = pa.chunked_array([sorted(path for path, _ in each) for each in found], IDS)
-    for path in () if folders else args.data:
+        ids = pa.chunked_array([[path for path, _ in each] for each in found], IDS)
+        return require_unique('--data', ids), len(ids)
+    for path in args.data:
         schema = pq.read_schema(path)
         for option, column in [('image', args.image_column), ('id', args.id_column)]:
             if column and column not in schema.names:
@@ -124,23 +123,26 @@ def find_images(args: argparse.Namespace) -> tuple[pa.ChunkedArray | None, int]:
             kind = kind.field('bytes').type
         if kind not in (pa.binary(), pa.large_binary()):
             parser.error(f'--image-column must have bytes or {{bytes, path}}, but {args.image_column} has {kind}')
-    if not folders:
-        column = [args.id_column] if args.id_column else []
-        rows = pa.concat_tables(pq.ParquetFile(path).read(column) for path in args.data)
-        ids = rows[args.id_column].cast(IDS) if column else None
-    if ids is not None and (ids.null_count or len(pc.unique(ids)) < len(ids)):
+    require_unique('--data', pa.chunked_array([[os.path.abspath(path) for path in args.data]], IDS))
+    rows = pa.concat_tables(pq.ParquetFile(path).read([args.id_column] if args.id_column else []) for path in args.data)
+    return require_unique('--id-column', rows[0].cast(IDS)) if args.id_column else None, rows.num_rows
+
+
+def require_unique(option: str, ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    if ids.null_count or len(pc.unique(ids)) < len(ids):
         twice = next((str(each['values']) for each in pc.value_counts(ids) if each['counts'].as_py() > 1), 'null')
-        parser.error(f'--{"data" if folders else "id-column"} must have each id once, but {twice} is there more often')
-    return ids, len(ids) if folders else rows.num_rows
+        parser.error(f'{option} must have each id once, but {twice} is there more often')
+    return ids
 
 
 def check_settings(args: argparse.Namespace, more: dict) -> None:
+    """Write the settings, or refuse others than those of the run before."""
     settings = {name: value for name, value in vars(args).items() if name not in CAN_CHANGE} | more
     settings, file = json.loads(json.dumps(settings)), args.output / 'settings.json'
     if file.exists():
         for name, value in json.loads(file.read_text()).items():
-            if settings[name] != value:
-                raise SystemExit(f'{file} has {name} = {value}, not {settings[name]}. Take another --output for this.')
+            if settings.get(name) != value:
+                raise SystemExit(f'{file} has {name} = {value}, not {settings.get(name)}. Take another --output.')
     elif args.output.exists() and any(args.output.iterdir()):
         parser.error(f'--output must be new, empty, or of a run before: {args.output} is not')
     (args.output / 'features').mkdir(parents=True, exist_ok=True)
@@ -156,8 +158,9 @@ def plan_actors(actors: int) -> tuple[int, dict]:
     actors, most = actors or gpus or len(spare), gpus or sum(spare)
     if not 1 <= actors <= most:
         parser.error(f'--actors must be at most {most} (GPUs, or CPUs but for those that decode), not {actors}')
-    threads = next(each for each in range(max(spare), 0, -1) if sum(count // each for count in spare) >= actors)
-    return actors, {'num_cpus': 1, 'num_gpus': 1} if gpus else {'num_cpus': threads}
+    if gpus:
+        return actors, {'num_cpus': 1, 'num_gpus': 1}
+    return actors, {'num_cpus': max(n for n in range(1, max(spare) + 1) if sum(each // n for each in spare) >= actors)}
 
 
 def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.ChunkedArray, number: int,
@@ -165,8 +168,8 @@ def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.Chunke
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')  # a warning that is not about this
     os.environ.setdefault('RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL', '30')  # seconds
-    alone = os.cpu_count() == 1 and os.environ.get('RAY_ADDRESS', 'local') == 'local'  # one to decode, one for the model
-    ray.init(include_dashboard=False, logging_level=logging.WARNING, num_cpus=2 if alone else None)
+    single = os.cpu_count() == 1 and os.environ.get('RAY_ADDRESS', 'local') == 'local'  # decoding and a model take two
+    ray.init(include_dashboard=False, logging_level=logging.WARNING, num_cpus=2 if single else None)
     actors, resources = plan_actors(args.actors)
     blocks, parquet = -(-number // args.batch_size), args.data[0].endswith('.parquet')
     if parquet:
@@ -200,6 +203,9 @@ def main() -> None:
             parser.error(f'--{option.replace("_", "-")} must be at least {least}, not {getattr(args, option)}')
     args.output, unreadable = Path(args.output).absolute(), Path(args.output).absolute() / 'unreadable'
     ids, number = find_images(args)
+    if not number:
+        parser.error(f'--data must have images, but there are none in {" ".join(args.data)}')
+    args.data = [os.path.abspath(path) for path in args.data]
     random_seed(0)  # weights that are not loaded are the same each time
     model = timm.create_model(args.model, args.pretrained, checkpoint_path=args.checkpoint, **args.model_kwargs).eval()
     config, weights = resolve_data_config(args.model_kwargs, model=model), hashlib.sha256()
@@ -209,14 +215,16 @@ def main() -> None:
     shutil.rmtree(unreadable, ignore_errors=True)  # those images are tried again
     unreadable.mkdir()
     done = read_done(args.output / 'features')
-    print(f'{number} images, {len(done)} of them done before')
+    print(f'{number} images, {len(done)} of them done before', flush=True)
     if len(done) < number:
         embed(args, ids, done, number - len(done), model, config)
         done = read_done(args.output / 'features')
-    bad = {name: why for file in sorted(unreadable.glob('*.json')) for name, why in json.loads(file.read_text()).items()}
-    (args.output / 'unreadable.txt').write_text(''.join(f'{name}\t{why}\n' for name, why in sorted(bad.items())))
-    for name, why in sorted(bad.items()):
-        print(f'unreadable: {name} ({why})')
+    bad = {}
+    for file in unreadable.glob('*.json'):
+        bad |= json.loads(file.read_text())
+    lines = [f'{name}\t{why}\n' for name, why in sorted(bad.items())]
+    (args.output / 'unreadable.txt').write_text(''.join(lines))
+    print(''.join(f'unreadable: {line}' for line in lines), end='')
     print(f'{len(done)} images are in {args.output / "features"}, {len(bad)} are unreadable')
     found = done if ids is None else ids.filter(pc.is_in(ids, value_set=done))
     twice, lost = len(done) - len(pc.unique(done)), number - len(bad) - len(found)
