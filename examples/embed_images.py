@@ -34,7 +34,7 @@ for name, default, text in [
         ('image-column', 'image', 'of .parquet files, with bytes or {bytes, path}'),
         ('id-column', '', 'of .parquet files; without it, ids are path and hash of the row')]:
     parser.add_argument(
-        f'--{name}', type=type(default or ''), default=default, required=default is None,
+        f'--{name}', type=str if default is None else type(default), default=default, required=default is None,
         help=text + (f' (default: {default})' if default else ''))
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
 for name, text in [('pretrained', 'weights of the Hub'), ('bfloat16', 'autocast'), ('compile', 'by torch.compile')]:

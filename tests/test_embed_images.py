@@ -31,7 +31,7 @@ MODEL = 'evo_deit_tiny_patch16_224'
 MODEL_ARGS = dict(
     img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=4, start_block=1, stage_depth=2, num_classes=5)
 OPTIONS = [
-    '--model', MODEL, '--batch-size', '8', '--save-every', '16', '--model-kwargs',
+    '--model', MODEL, '--batch-size', '8', '--save-every', '16', '--actors', '1', '--model-kwargs',
     *(f'{name}={value}' for name, value in MODEL_ARGS.items())]
 UNREADABLE = {
     'empty.jpg': 'UnidentifiedImageError: cannot identify image file',
