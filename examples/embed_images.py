@@ -124,8 +124,10 @@ def find_images(args: argparse.Namespace) -> tuple[pa.ChunkedArray | None, int]:
         if kind not in (pa.binary(), pa.large_binary()):
             parser.error(f'--image-column must have bytes or {{bytes, path}}, but {args.image_column} has {kind}')
     require_unique('--data', pa.chunked_array([[os.path.abspath(path) for path in args.data]], IDS))
-    rows = pa.concat_tables(pq.ParquetFile(path).read([args.id_column] if args.id_column else []) for path in args.data)
-    return require_unique('--id-column', rows[0].cast(IDS)) if args.id_column else None, rows.num_rows
+    if not args.id_column:
+        return None, sum(pq.read_metadata(path).num_rows for path in args.data)
+    names = pa.concat_tables(pq.ParquetFile(path).read([args.id_column]) for path in args.data)[0].cast(IDS)
+    return require_unique('--id-column', names), len(names)
 
 
 def require_unique(option: str, ids: pa.ChunkedArray) -> pa.ChunkedArray:
