@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -152,17 +153,21 @@ def check_settings(args: argparse.Namespace, more: dict) -> None:
     file.with_suffix('.part').rename(file)
 
 
-def plan_actors(actors: int) -> tuple[int, dict]:
-    """How many actors, and what each takes. A fifth of a machine's CPUs, and at least one, is for decoding."""
+def plan_actors(actors: int) -> tuple[int, int, dict]:
+    """How many actors, the threads of each, and what each asks Ray for.
+
+    Nearly no CPU: where a machine is lost, Ray starts its actors on those that are left, and if they took the last CPU
+    there, nothing could read, decode or write any more. Threads are what leaves a fifth of the CPUs to that. (With no
+    CPU at all Ray does not spread them.)
+    """
     gpus = int(ray.cluster_resources().get('GPU', 0))
     cpus = [int(node['Resources'].get('CPU', 0)) for node in ray.nodes() if node['Alive']]
-    spare = [count - max(1, count // 5) for count in cpus if count > 1]
-    actors, most = actors or gpus or len(spare), gpus or sum(spare)
+    cpus = [count for count in cpus if count > 1]
+    actors, most = actors or gpus or len(cpus), gpus or sum(cpus)
     if not 1 <= actors <= most:
-        parser.error(f'--actors must be at most {most} (GPUs, or CPUs but for those that decode), not {actors}')
-    if gpus:
-        return actors, {'num_cpus': 1, 'num_gpus': 1}
-    return actors, {'num_cpus': max(n for n in range(1, max(spare) + 1) if sum(each // n for each in spare) >= actors)}
+        parser.error(f'--actors must be at most {most} (GPUs, or CPUs where there are two or more), not {actors}')
+    threads = min(cpus, default=1) * 4 // 5 // math.ceil(actors / max(1, len(cpus)))
+    return actors, max(1, threads), {'num_cpus': 0.01, 'num_gpus': 1 if gpus else None}
 
 
 def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.ChunkedArray, number: int,
@@ -170,12 +175,14 @@ def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.Chunke
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')  # a warning that is not about this
     os.environ.setdefault('RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL', '30')  # seconds
-    single = os.cpu_count() == 1 and os.environ.get('RAY_ADDRESS', 'local') == 'local'  # decoding and a model take two
+    single = os.cpu_count() == 1 and os.environ.get('RAY_ADDRESS', 'local') == 'local'  # tasks and a model take two
     ray.init(include_dashboard=False, logging_level=logging.WARNING, num_cpus=2 if single else None)
-    actors, resources = plan_actors(args.actors)
+    actors, threads, resources = plan_actors(args.actors)
     blocks, parquet = -(-number // args.batch_size), args.data[0].endswith('.parquet')
+    context = ray.data.DataContext.get_current()
+    context.enable_rich_progress_bars, context.use_ray_tqdm = True, False  # the other bars do not show in a terminal
     if parquet:
-        ray.data.DataContext.get_current().use_datasource_v2 = False  # its threads fail now and then at an import
+        context.use_datasource_v2 = False  # its threads fail now and then at an import
         unnamed = not args.id_column
         columns = [args.image_column, *([args.id_column] if args.id_column else [])]
         images = ray.data.read_parquet(
@@ -192,7 +199,7 @@ def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.Chunke
         batch_format='pyarrow')
     images = images.repartition(target_num_rows_per_block=args.batch_size)  # and decoding is no part of the actor
     embedded = images.map_batches(
-        Embed, fn_constructor_args=[ray.put(model), config, resources['num_cpus'], args.bfloat16, args.compile],
+        Embed, fn_constructor_args=[ray.put(model), config, threads, args.bfloat16, args.compile],
         batch_size=args.batch_size, compute=ray.data.ActorPoolStrategy(size=actors), **resources)
     embedded.write_parquet(str(args.output / 'features'), min_rows_per_file=args.save_every)
     ray.shutdown()

@@ -92,9 +92,9 @@ def belongs(process, folder: Path) -> bool:
         return False
 
 
-def start(ray_folder: Path, data: Path, output: Path, *options: str) -> subprocess.Popen:
+def start(ray_folder: Path, data: Path, output: Path, *options: str, address: str = 'local') -> subprocess.Popen:
     environment = os.environ | {
-        'RAY_ADDRESS': 'local', 'RAY_TMPDIR': str(ray_folder), 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1'}
+        'RAY_ADDRESS': address, 'RAY_TMPDIR': str(ray_folder), 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1'}
     command = [sys.executable, str(SCRIPT), '--data', str(data), '--output', str(output), *OPTIONS, *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -264,6 +264,40 @@ def test_when_a_process_is_killed_the_run_goes_on_without_it(images, expected, r
         kill(process)
     assert killed
     check(read(tmp_path / 'output'), expected)
+
+
+@pytest.fixture
+def nodes(ray_folder, monkeypatch) -> Iterator[list]:
+    """Two of 2 CPUs, on this machine."""
+    monkeypatch.setenv('RAY_TMPDIR', str(ray_folder))
+    monkeypatch.setenv('RAY_USAGE_STATS_ENABLED', '0')
+    cluster = pytest.importorskip('ray.cluster_utils').Cluster()
+    options = {'num_cpus': 2, 'object_store_memory': 200 << 20}
+    try:
+        yield [cluster.add_node(include_dashboard=False, **options), cluster.add_node(**options)]
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('what', ['an actor', 'a node'])
+def test_when_an_actor_or_a_node_of_two_is_killed_the_other_does_its_part(
+        images, expected, nodes, ray_folder, tmp_path, what):
+    output = tmp_path / 'output'
+    process = start(ray_folder, images, output, '--actors', '2', address=nodes[0].address)
+    try:
+        while process.poll() is None and not list(output.glob('features/*.parquet')):
+            time.sleep(0.005)
+        raylets = [psutil.Process(node.all_processes['raylet'][0].process.pid) for node in nodes]
+        actors = [[each for each in raylet.children(recursive=True) if 'Embed' in ' '.join(each.cmdline())]
+                  for raylet in raylets]
+        assert [len(each) for each in actors] == [1, 1]
+        for each in actors[1] if what == 'an actor' else [raylets[1], *raylets[1].children(recursive=True)]:
+            each.kill()
+        finish(process)
+    finally:
+        kill(process)
+    check(read(output), expected)
 
 
 @pytest.mark.slow
