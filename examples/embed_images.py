@@ -179,7 +179,6 @@ def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.Chunke
     ray.init(include_dashboard=False, logging_level=logging.WARNING, num_cpus=2 if single else None)
     actors, threads, resources = plan_actors(args.actors)
     blocks, parquet = -(-number // args.batch_size), args.data[0].endswith('.parquet')
-    part = {'num_cpus': 0.25}  # to read and write: of 2 CPUs Ray keeps what reading and decoding ask for from writing
     context = ray.data.DataContext.get_current()
     context.enable_rich_progress_bars, context.use_ray_tqdm = True, False  # the other bars do not show in a terminal
     if parquet:
@@ -188,11 +187,11 @@ def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.Chunke
         columns = [args.image_column, *([args.id_column] if args.id_column else [])]
         images = ray.data.read_parquet(
             args.data, columns=columns, partitioning=None, include_paths=unnamed, include_row_hash=unnamed,
-            override_num_blocks=blocks, ray_remote_args=part)
+            override_num_blocks=blocks)
         columns = [args.image_column, ['path', 'row_hash'] if unnamed else [args.id_column]]
     else:
         files = ids.filter(pc.invert(pc.is_in(ids, value_set=done))).to_pylist()
-        images = ray.data.read_binary_files(files, include_paths=True, override_num_blocks=blocks, ray_remote_args=part)
+        images = ray.data.read_binary_files(files, include_paths=True, override_num_blocks=blocks)
         columns = ['bytes', ['path']]
     transform = create_transform(**config, use_prefetcher=True)  # which leaves floats to the actor
     images = images.map_batches(
@@ -202,7 +201,7 @@ def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.Chunke
     embedded = images.map_batches(
         Embed, fn_constructor_args=[ray.put(model), config, threads, args.bfloat16, args.compile],
         batch_size=args.batch_size, compute=ray.data.ActorPoolStrategy(size=actors), **resources)
-    embedded.write_parquet(str(args.output / 'features'), min_rows_per_file=args.save_every, ray_remote_args=part)
+    embedded.write_parquet(str(args.output / 'features'), min_rows_per_file=args.save_every)
     ray.shutdown()
 
 
