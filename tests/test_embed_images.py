@@ -1,5 +1,6 @@
 """`examples/embed_images.py` on a Ray of its own: killed with all its processes in the middle, and called again.
 
+All that starts Ray takes long, and has the mark slow.
 What Ray's processes leave is in a folder of their own, by which those that a test leaves behind are found and killed.
 """
 import importlib.util
@@ -135,7 +136,7 @@ def killed(images, ray_folder, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp('killed')
     process = start(ray_folder, images, output)
     try:
-        while process.poll() is None and not list(output.glob('features/*.parquet')):
+        while process.poll() is None and not any(map(is_whole, output.glob('features/*.parquet'))):
             time.sleep(0.005)
     finally:
         kill(process)
@@ -160,6 +161,7 @@ def is_whole(file: Path) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_each_image_is_there_once_as_of_a_plain_loop(expected, killed, resumed):
     output, _ = resumed
     before = {file.name: file.read_bytes() for file in killed.glob('features/*.parquet') if is_whole(file)}
@@ -169,6 +171,7 @@ def test_a_killed_run_goes_on_and_each_image_is_there_once_as_of_a_plain_loop(ex
         assert (output / 'features' / name).read_bytes() == content
 
 
+@pytest.mark.slow
 def test_features_are_lists_of_one_size_that_need_no_ray_to_be_read(resumed):
     schema = pq.read_schema(next((resumed[0] / 'features').iterdir()))
     assert schema.remove_metadata() == pa.schema({
@@ -176,6 +179,7 @@ def test_features_are_lists_of_one_size_that_need_no_ray_to_be_read(resumed):
         'probability': pa.float32()})
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_named_with_the_reason_and_left_out(images, resumed):
     output, printed = resumed
     lines = dict(line.split('\t') for line in (output / 'unreadable.txt').read_text().splitlines())
@@ -227,6 +231,7 @@ def test_a_folder_that_is_there_twice_is_refused(call, images):
     assert f'must have each id once, but {images}/a/' in call('--data', str(images), str(images / 'a'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options, name', [
     (['--bfloat16'], 'bfloat16'), (['--model-kwargs', 'img_size=32'], 'model_kwargs'), (['--data', 'OTHER'], 'data')])
 def test_other_settings_than_those_of_the_run_before_are_refused(call, images, resumed, options, name):
@@ -235,6 +240,7 @@ def test_other_settings_than_those_of_the_run_before_are_refused(call, images, r
     assert f'has {name} = ' in message and 'Take another --output' in message
 
 
+@pytest.mark.slow
 def test_other_weights_than_those_of_the_run_before_are_refused(call, resumed, tmp_path):
     settings = json.loads((resumed[0] / 'settings.json').read_text()) | {'weights': 'of another file of the same name'}
     (tmp_path / 'output').mkdir()

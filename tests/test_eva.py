@@ -208,7 +208,8 @@ def test_torchscript_gives_the_same(kind, selection):
 
 
 @pytest.mark.parametrize('kind, selection', [
-    ('eva02', 'stage'), ('dinov3', 'similarity'), ('mixed rope', 'layer'), ('registers only', 'stage')])
+    ('dinov3', 'similarity'), ('mixed rope', 'layer'), pytest.param('eva02', 'stage', marks=pytest.mark.slow),
+    pytest.param('registers only', 'stage', marks=pytest.mark.slow)])
 def test_a_compiled_model_is_one_graph(kind, selection):
     model = build(**KINDS[kind], depth=4, selection=selection)
     images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
@@ -218,7 +219,8 @@ def test_a_compiled_model_is_one_graph(kind, selection):
 
 
 @pytest.mark.parametrize('kind, selection', [
-    ('eva02, split', 'stage'), ('dinov3', 'similarity'), ('mixed rope', 'stage'), ('perception encoder', 'similarity')])
+    ('dinov3', 'similarity'), ('mixed rope', 'stage'), pytest.param('eva02, split', 'stage', marks=pytest.mark.slow),
+    pytest.param('perception encoder', 'similarity', marks=pytest.mark.slow)])
 def test_an_export_gives_the_logits_at_any_batch_size(kind, selection, tmp_path):
     kwargs = KINDS[kind] | dict(dynamic_img_size=False)
     model = build(**kwargs, depth=4, selection=selection, dtype=torch.float32)

@@ -67,7 +67,6 @@ CASES = {
 }
 # A few of those that compile are enough for every day.
 QUICK_COMPILED = [
-    'layer, checkpointed not, compiled in place',
     'layer to stage, checkpointed by timm, compiled in place',
     'stage, checkpointed by a wrapper, compiled in place',
 ]
