@@ -137,44 +137,39 @@ def _return_scores(scores: Tensor | None, present: Tensor | None, slow: Tensor |
 
 
 @torch.fx.wrap
-def _bias_positions(
+def _gather_biases(
+        tables: list[Tensor],
         index: Tensor,
         slow: Tensor | None,
         representative: Tensor | None,
-        num_biases: int,
 ) -> Tensor | None:
-    """Where the slow tokens find their attention biases in a table by relative position.
+    """Attention biases of the tokens of a selection, for all blocks of its segment at once: that takes fewer calls.
 
     Args:
-        index: Entry of the table for each query and key of the whole grid (N, N).
+        tables: Biases by relative position, one table (H, R) per block.
+        index: Entry of the tables for each query and key of the whole grid (N, N).
         slow: Positions of the slow tokens (B, K); there are no prefix tokens where there are biases.
-        representative: Representative token, if any. It has no position: it reads the entry after the last.
-        num_biases: Number of entries of the table.
+        representative: Representative token, if any. It has no position, its biases are zero.
 
     Returns:
-        Entry for each query and key (B, K, K), or (B, K + 1, K + 1) with a representative token; None if `slow` is.
+        Biases by block (S, H, B, K, K), or (S, H, B, K + 1, K + 1) with a representative token; None if `slow` is.
     """
     if slow is None:
         return None
+    biases = torch.stack(tables)
     entries = slow.unsqueeze(2) * index.shape[0] + slow.unsqueeze(1)
     positions = index.view(-1).index_select(0, entries.view(-1)).view_as(entries)
-    return positions if representative is None else F.pad(positions, (0, 1, 0, 1), value=float(num_biases))
+    if representative is not None:
+        positions = F.pad(positions, (0, 1, 0, 1), value=float(biases.shape[2]))
+        biases = F.pad(biases, (0, 1))
+    gathered = biases.flatten(0, 1).index_select(1, positions.view(-1))
+    return gathered.view(biases.shape[0], biases.shape[1], positions.shape[0], positions.shape[1], positions.shape[2])
 
 
 @torch.fx.wrap
-def _gather_biases(biases: Tensor, positions: Tensor) -> Tensor:
-    """Attention biases of the tokens of a selection.
-
-    Args:
-        biases: Table (H, N).
-        positions: Entries (B, L, L), as `_bias_positions` gives them.
-
-    Returns:
-        Biases (H, B, L, L), zero for the representative token.
-    """
-    with_zero = torch.cat([biases, biases.new_zeros(biases.shape[0], 1)], dim=1)  # a pad takes more calls
-    gathered = with_zero.index_select(1, positions.view(-1))
-    return gathered.view(biases.shape[0], positions.shape[0], positions.shape[1], positions.shape[2])
+def _take_biases(biases: Tensor | None, block: int) -> Tensor | None:
+    """Biases (H, B, L, L) of a block of the segment, counted from its first."""
+    return None if biases is None else biases[block]
 
 
 class _ScoringAttention(_DenseAttention):
@@ -259,37 +254,26 @@ class EvoAttention(_ScoringAttention, Attention):  # pyright: ignore[reportIncom
     """timm's LeViT `Attention`, over the tokens of a selection."""
     attention_bias_cache: dict[str, Tensor]  # TorchScript does not look at base classes
 
-    def bias_positions(self, slow: Tensor | None, representative: Tensor | None) -> Tensor | None:
-        """Entries of the table of biases for the tokens of a selection, the same for all blocks of a stage."""
-        if self.attention_biases is None:
-            return None
-        return _bias_positions(
-            self.attention_bias_idxs, slow, representative, self.attention_biases.shape[1])
-
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
             self,
             x: Tensor,
             scores: Tensor | None,
-            positions: Tensor | None,
+            biases: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend, and evolve the scores.
 
         Args:
             x: Tokens present (B, L, C): the full sequence, or those of a selection.
             scores: Scores so far (B, P + K) of these tokens but a representative one, if any.
-            positions: Entries of the table of biases (B, L, L); None where no selection is open, or without biases.
+            biases: Biases of the tokens of a selection (H, B, L, L); None without a selection, or without biases.
 
         Returns:
             What the attention adds to the tokens (B, L, C).
             Scores (B, P + K).
         """
         q, k, v = _split_heads(self.qkv(x), self.num_heads, [self.key_dim, self.key_dim, self.val_dim])
-        biases: Tensor | None = None
-        if self.attention_biases is not None:
-            if positions is None:
-                biases = self.get_attention_biases(x.device).unsqueeze(1)
-            else:
-                biases = _gather_biases(self.attention_biases, positions)
+        if self.attention_biases is not None and biases is None:
+            biases = self.get_attention_biases(x.device).unsqueeze(1)
         attn = _attend(q, k, self.scale, biases)
         if self.scored:
             scores = _score(scores, attn, self.num_heads, self.class_token, self.tradeoff, self.learned())
@@ -359,10 +343,10 @@ class EvoLevitBlock(LevitBlock):
             self,
             x: Tensor,
             scores: Tensor | None,
-            positions: Tensor | None,
+            biases: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens and scores after attention and MLP, see `EvoAttention.forward`."""
-        y, scores = self.attn(x, scores, positions)
+        y, scores = self.attn(x, scores, biases)
         x = x + self.drop_path1(y)
         return x + self.drop_path2(self.mlp(x)), scores
 
@@ -404,15 +388,16 @@ class EvoLevitStage(LevitStage):
         tokens, present = x, scores  # what goes through the blocks, and its scores
         slow: Tensor | None = None  # positions of the slow tokens, None while every token goes through the blocks
         representative: Tensor | None = None
-        positions: Tensor | None = None
+        biases: Tensor | None = None  # of the blocks of the segment
+        first = 0  # of these blocks
         for i, block in enumerate(self.blocks):
             if self.begins[i]:
                 x = evolution.follow(x, tokens, slow, representative)
                 scores = _return_scores(scores, present, slow)
                 tokens, slow, representative = self._begin_segment(i, x, scores, self.keep_ratio[i])
                 present = _take_scores(scores, slow) if block.attn.scored else None
-                positions = block.attn.bias_positions(slow, representative)
-            tokens, present = block(tokens, present, positions)
+                biases, first = self._gather_biases(i, slow, representative), i
+            tokens, present = block(tokens, present, _take_biases(biases, i - first))
         return evolution.follow(x, tokens, slow, representative), _return_scores(scores, present, slow)
 
     def _begin_segment(
@@ -424,6 +409,19 @@ class EvoLevitStage(LevitStage):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Select the tokens for the blocks from this one on, see `evolution.begin_segment`; `tracing` listens here."""
         return evolution.begin_segment(x, scores, keep_ratio, self.num_prefix_tokens, self.fast_update)
+
+    def _gather_biases(self, begin: int, slow: Tensor | None, representative: Tensor | None) -> Tensor | None:
+        """Attention biases of the tokens of a selection for the blocks of the segment that begins with this one."""
+        end = begin + 1
+        while end < len(self.begins) and not self.begins[end]:
+            end += 1
+        tables: list[Tensor] = []
+        index: Tensor | None = None
+        for i, block in enumerate(self.blocks):
+            if begin <= i and i < end and block.attn.attention_biases is not None:
+                tables.append(block.attn.attention_biases)
+                index = block.attn.attention_bias_idxs
+        return None if index is None else _gather_biases(tables, index, slow, representative)
 
 
 class LevitEvolution(Evolved, _Dense):
