@@ -3,10 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Models are small, so a core each is faster than all cores for one. Files in their own order: by default those of few
-# tests come last, and the few of test_export.py take the longest.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-	--durations 15
+# Models are small, so a core each is faster than all cores for one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+# In their own order: by default files of few tests come last, and the few of test_export.py take the longest.
+BY_FILE := --dist loadfile --no-loadscope-reorder --durations 15
 # the oldest timm of the range in setup.cfg
 OLDEST_TIMM := 1.0.22
 OLDEST_TESTS := faithful method similarity eva taps short_block levit every_vit timm_api errors hub convert
@@ -32,7 +32,7 @@ lint: $(VENV)/ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 tests: $(VENV)/ready
-	$(PYTEST) tests
+	$(PYTEST) $(BY_FILE) tests
 
 # What `make tests` leaves out: blocks that are compiled while their weights are sharded, above all.
 tests-slow: $(VENV)/ready
@@ -41,12 +41,14 @@ tests-slow: $(VENV)/ready
 # The same library against the other end of timm's range. What needs a process of its own or timm's newest is left out,
 # and so is what hardly depends on timm.
 tests-oldest-timm: $(VENV)/timm-$(OLDEST_TIMM)
-	PYTHONPATH=$< $(PYTEST) -k 'not compile and not threads' $(OLDEST_TESTS:%=tests/test_%.py)
+	PYTHONPATH=$< $(PYTEST) $(BY_FILE) -k 'not compile and not threads' $(OLDEST_TESTS:%=tests/test_%.py)
 
 few-of-timm-suite: MODELS := $(FEW_MODELS)
-# All evolved models and their dense twins, side by side; the large ones take their time.
+few-of-timm-suite: SUITE := $(PYTEST)
+# All evolved models and their dense twins, side by side; the large ones take their time, and too much memory for two.
+timm-suite: SUITE := $(BIN)/python -m pytest
 timm-suite few-of-timm-suite: $(VENV)/timm-suite
-	HF_HUB_OFFLINE=1 TIMEOUT=3600 PYTHONPATH=tests $(BIN)/python -m pytest -q -W ignore -p timm_suite \
+	HF_HUB_OFFLINE=1 TIMEOUT=3600 PYTHONPATH=tests $(SUITE) -q -W ignore -p timm_suite \
 		--timm-models $(foreach model,$(MODELS),'$(model)') -- $</tests/test_models.py
 
 $(VENV)/ready: setup.cfg pyproject.toml

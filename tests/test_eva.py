@@ -219,8 +219,8 @@ def test_a_compiled_model_is_one_graph(kind, selection):
 
 
 @pytest.mark.parametrize('kind, selection', [
-    ('dinov3', 'similarity'), ('mixed rope', 'stage'), pytest.param('eva02, split', 'stage', marks=pytest.mark.slow),
-    pytest.param('perception encoder', 'similarity', marks=pytest.mark.slow)])
+    ('dinov3', 'similarity'), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ('mixed rope', 'stage'), ('eva02, split', 'stage'), ('perception encoder', 'similarity')])])
 def test_an_export_gives_the_logits_at_any_batch_size(kind, selection, tmp_path):
     kwargs = KINDS[kind] | dict(dynamic_img_size=False)
     model = build(**kwargs, depth=4, selection=selection, dtype=torch.float32)

@@ -23,7 +23,7 @@ SIMILARITY = dict(selection='similarity', stage_depth=None, **TWO_MERGES)
 BATCH_SIZES = (1, 2, 8)
 VITS = [
     'vit_small_patch14_reg4_dinov2',  # registers and LayerScale
-    'vit_base_patch16_siglip_224',  # attention pooling without a class token
+    pytest.param('vit_base_patch16_siglip_224', marks=pytest.mark.slow),  # attention pooling without a class token
     pytest.param('vit_base_patch16_clip_224', marks=pytest.mark.slow),  # a norm before the blocks
     pytest.param('test_vit3', marks=pytest.mark.slow),  # normalised queries and keys
     pytest.param('vit_tiny_r_s16_p8_224', marks=pytest.mark.slow),  # convolutions before the patches
@@ -73,7 +73,7 @@ def run(file: Path, images: Tensor) -> dict[str, Tensor]:
     pytest.param('evo_deit_tiny_patch16_224', SMALL | dict(qk_norm=True, selection='layer'), marks=pytest.mark.slow),
     ('evo_deit_tiny_patch16_224', SMALL | dict(global_pool='avg', class_head=True, fast_update=False)),
     ('evo_deit_tiny_distilled_patch16_224', SMALL | SIMILARITY),
-    ('evo_levit_128s', LEVIT),
+    pytest.param('evo_levit_128s', LEVIT, marks=pytest.mark.slow),
     pytest.param('evo_levit_cls_128s', LEVIT, marks=pytest.mark.slow),
 ])
 def test_onnx_gives_the_logits_at_any_batch_size(name, settings, exporter, tmp_path):
@@ -111,7 +111,7 @@ def test_every_kind_of_vit_is_exported(name, tmp_path):
 @pytest.mark.parametrize('settings', [
     dict(),
     pytest.param(dict(selection='layer', keep_ratio=0.7, fast_update=False), marks=pytest.mark.slow),
-    SIMILARITY,
+    pytest.param(SIMILARITY, marks=pytest.mark.slow),
 ])
 def test_an_export_may_leave_the_image_size_open(settings, tmp_path):
     """As timm's dense model with `dynamic_img_size`: how many tokens are slow follows from the grid."""

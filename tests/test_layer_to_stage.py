@@ -598,13 +598,13 @@ def test_features_follow(name):
 # Compilers
 
 # The forward pass of a distilled model is that of the first, and LeViT with a class token learns its trade-offs, too.
-BOTH_FAMILIES = pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[] if name in ('evo_deit_tiny_patch16_224', 'evo_levit_cls_128s') else pytest.mark.slow)
-    for name in MODELS
-])
+def quick(*names: str) -> pytest.MarkDecorator:
+    """Of the others by `make tests-slow`."""
+    return pytest.mark.parametrize(
+        'name', [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in MODELS])
 
 
-@BOTH_FAMILIES
+@quick('evo_deit_tiny_patch16_224')
 def test_two_compiled_graphs_one_for_each_phase(name):
     model = counting(name)
     torch._dynamo.reset()
@@ -646,7 +646,7 @@ def test_a_compiled_average_follows_when_it_is_set_to_evaluation():
         torch.testing.assert_close(compiled(images(model)), expected)
 
 
-@BOTH_FAMILIES
+@quick('evo_deit_tiny_patch16_224', 'evo_levit_cls_128s')
 @pytest.mark.parametrize('updates, expected', [(0, 'layer'), (N, 'stage')])
 def test_a_scripted_or_exported_model_stays_in_its_phase(name, updates, expected):
     model = counting(name)

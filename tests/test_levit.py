@@ -55,6 +55,11 @@ def name(request):
     return request.param
 
 
+# For what takes compilers and exporters long: the schemes differ in biases and class token alone.
+ONE_QUICK = pytest.mark.parametrize(
+    'name', [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
+
+
 # The method
 
 
@@ -349,6 +354,7 @@ def test_torchscript(name):
             torch.testing.assert_close(scripted(x), model(x))
 
 
+@ONE_QUICK
 def test_compile_is_one_graph_in_inference_and_training(name):
     model = create(name, embed_dim=(16, 24), depth=(1, 1), num_heads=(2, 3), start_block=1)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')  # inductor takes a minute
@@ -361,6 +367,7 @@ def test_compile_is_one_graph_in_inference_and_training(name):
         torch.testing.assert_close(a.grad, e.grad, rtol=1e-3, atol=1e-3 * max(1, e.grad.abs().max().item()))
 
 
+@ONE_QUICK
 def test_export_with_a_dynamic_batch(name):
     model = create(name)
     batch = torch.export.Dim('batch', min=1, max=64)

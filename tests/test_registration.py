@@ -57,10 +57,10 @@ def test_models_are_listed_after_importing_timm_alone():
 
 @pytest.mark.parametrize('autoload, imports', [
     ('1', 'import timm.models.vision_transformer, timm'),
-    ('1', 'import timm_evo, torch, timm, timm_evo'),
+    pytest.param('1', 'import timm_evo, torch, timm, timm_evo', marks=pytest.mark.slow),
     pytest.param('1', 'from timm_evo import EvoVisionTransformer; import timm', marks=pytest.mark.slow),
     pytest.param('1', 'import timm_evo.entrypoints, timm', marks=pytest.mark.slow),
-    ('0', 'import timm, timm_evo'),
+    pytest.param('0', 'import timm, timm_evo', marks=pytest.mark.slow),
     pytest.param('0', 'import timm_evo, torch, timm, timm_evo', marks=pytest.mark.slow),
     ('0', 'import timm_evo.vision_transformer, timm'),
 ])
@@ -81,9 +81,9 @@ STATEMENTS = [
 ]
 
 
-@pytest.mark.parametrize('number', [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_other_orders(number):
-    orders = random.Random(0).sample(list(itertools.permutations(STATEMENTS)), number)
+@pytest.mark.slow
+def test_other_orders():
+    orders = random.Random(0).sample(list(itertools.permutations(STATEMENTS)), 20)
     codes = ['; '.join([*order, 'timm.create_model("evo_test_vit")', 'print(len(timm.list_models("evo_*")))'])
              for order in orders]
     assert outputs(codes) == [str(len(NAMES))] * len(orders)
@@ -122,8 +122,9 @@ print(found)
 
 
 @pytest.mark.parametrize('firsts', [
-    ['import timm', 'import timm_evo.entrypoints'],
-    pytest.param(['import timm_evo.hub', 'from timm_evo import evolve'], marks=pytest.mark.slow),
+    ['import timm'],
+    pytest.param(
+        ['import timm_evo.entrypoints', 'import timm_evo.hub', 'from timm_evo import evolve'], marks=pytest.mark.slow),
 ])
 def test_threads_that_import_at_once_all_see_the_models(firsts):
     others = [statement for statement in STATEMENTS if statement != 'import timm.models']
@@ -140,6 +141,7 @@ def test_torch_without_timm_imports_neither_timm_nor_the_models():
     assert loaded == "['timm_evo']"
 
 
+@pytest.mark.slow
 def test_spawned_workers_of_a_data_loader(tmp_path):
     script = tmp_path / 'loader.py'
     script.write_text(
@@ -157,6 +159,7 @@ def test_spawned_workers_of_a_data_loader(tmp_path):
     assert result.stdout.strip() == str([len(NAMES)] * 2), result.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_workers(tmp_path):
     script = tmp_path / 'worker.py'
     script.write_text('import os, timm\nprint(os.environ["RANK"], timm.create_model("evo_test_vit").schedule.scored)\n')

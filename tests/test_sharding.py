@@ -65,11 +65,8 @@ CASES = {
     'similarity, FSDP1': ('similarity', 'not', 'not', 'FSDP1'),
     'layer, FSDP1, checkpointed by timm': ('layer', 'by timm', 'not', 'FSDP1'),
 }
-# A few of those that compile are enough for every day.
-QUICK_COMPILED = [
-    'layer to stage, checkpointed by timm, compiled in place',
-    'stage, checkpointed by a wrapper, compiled in place',
-]
+# One of those that compile is enough for every day.
+QUICK_COMPILED = 'stage, checkpointed by a wrapper, compiled in place'
 
 
 def create(name: str) -> nn.Module:
@@ -291,7 +288,7 @@ def assert_close(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 def marked(cases: list[str]) -> list:
     return [
-        pytest.param(case, marks=[pytest.mark.slow] if CASES[case][2] != 'not' and case not in QUICK_COMPILED else [])
+        pytest.param(case, marks=[pytest.mark.slow] if CASES[case][2] != 'not' and case != QUICK_COMPILED else [])
         for case in cases
     ]
 

@@ -242,7 +242,8 @@ def gradients(model: EvoVisionTransformer, forward=None) -> list[Tensor]:
 
 @pytest.mark.parametrize('kind', ['class token', 'qk norm, no class token'])
 @pytest.mark.parametrize('how', [
-    'by timm', 'by timm, reentrant', 'by a wrapper', 'by a wrapper, reentrant', 'compiled'])
+    'by timm', 'by timm, reentrant', 'by a wrapper', 'by a wrapper, reentrant',
+    pytest.param('compiled', marks=pytest.mark.slow)])
 def test_gradients_are_those_without_checkpointing(kind, how, monkeypatch):
     model = build(**LAYERWISE, **KINDS[kind])
     expected = gradients(model)
@@ -344,7 +345,7 @@ def test_threads_train_at_the_same_time():
 
 @pytest.mark.parametrize('kind', [*BLOCKS, *KINDS])
 def test_a_scripted_model_computes_the_same(kind):
-    model = build(**LAYERWISE, **(BLOCKS | KINDS)[kind]).eval()
+    model = build(**LAYERWISE, depth=4, **(BLOCKS | KINDS)[kind]).eval()
     buffer = io.BytesIO()
     torch.jit.save(script(model), buffer)
     buffer.seek(0)
@@ -368,6 +369,7 @@ def test_a_norm_that_was_put_in_later_leaves_the_block_to_be_projected_once_more
     torch.testing.assert_close(model(images()), plain(images()), rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_hook_in_a_compiled_block_may_call_another_model():
     model, other = compile_blocks(build(**LAYERWISE)).eval(), compile_blocks(build(seed=1, **LAYERWISE)).eval()
     with torch.no_grad():

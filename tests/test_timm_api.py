@@ -293,10 +293,10 @@ def test_fx_tracing(name, settings):
     torch.testing.assert_close(traced(images(3)), model(images(3)))
 
 
-@pytest.mark.parametrize('settings', [dict(), SIMILARITY])
-@pytest.mark.parametrize('backend', [
-    'aot_eager',  # tells a graph that breaks or is wrong in a fraction of the time
-    pytest.param('inductor', marks=pytest.mark.slow),
+@pytest.mark.parametrize('settings, backend', [
+    (dict(), 'aot_eager'),  # tells a graph that breaks or is wrong in a fraction of the time
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        (SIMILARITY, 'aot_eager'), (dict(), 'inductor'), (SIMILARITY, 'inductor')]),
 ])
 def test_compile_is_one_graph_in_training(settings, backend):
     model = create(depth=2, start_block=1, **settings).train()

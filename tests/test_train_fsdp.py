@@ -1,7 +1,7 @@
 """`examples/train_fsdp.py` by torchrun: killed and resumed, on the same and on another number of processes.
 
 The processes of a run fork from one that has imported everything, which takes most of the time of such a short run.
-One run is started as a user does it.
+The slow ones are started as a user does it.
 """
 import importlib.util
 import json
@@ -85,7 +85,7 @@ def losses(output: Path) -> list[float]:
 @pytest.fixture(scope='module')
 def uninterrupted(images, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp('uninterrupted')
-    run(2, images, output, *OPTIONS, launcher=TORCHRUN)
+    run(2, images, output, *OPTIONS)
     return output
 
 

@@ -14,6 +14,7 @@ import timm
 
 # Cases that load weights need the network of the Hub.
 NEEDS_HUB = ('test_model_inference', 'test_model_load_pretrained', 'test_model_features_pretrained')
+_CASE = 'model and case'
 
 _timm_list_models = timm.list_models
 
@@ -54,9 +55,14 @@ class Twins:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item):
         report = yield
-        if report.when == 'call' or report.outcome != 'passed':
-            self.outcomes[_model_name(item)][item.originalname] = report.outcome
+        report.user_properties.append((_CASE, [_model_name(item), item.originalname]))
         return report
+
+    def pytest_runtest_logreport(self, report) -> None:
+        """Called in the process that has the summary, for the reports of all processes that run cases."""
+        model, case = dict(report.user_properties).get(_CASE, (None, None))  # not there where its process crashed
+        if model and (report.when == 'call' or report.outcome != 'passed'):
+            self.outcomes[model][case] = report.outcome
 
     def behind_their_twin(self) -> list[str]:
         return [
