@@ -632,6 +632,7 @@ def test_a_compiled_step_of_the_optimizer_counts_and_is_compiled_once():
         assert model.num_updates == updates and counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_a_compiled_average_follows_when_it_is_set_to_evaluation():
     """As the `validate` of timm's training script begins."""
     model = counting()

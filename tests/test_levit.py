@@ -115,7 +115,7 @@ def test_gradients_and_batch_statistics_equal_the_obvious_implementation(scheme,
         torch.testing.assert_close(a, e, rtol=0, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize('size', ['128s', '128', '256'])
+@pytest.mark.parametrize('size', ['128s', '128', pytest.param('256', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('training', [False, True])
 def test_keep_ratio_one_is_the_dense_model(size, training):
     torch.manual_seed(0)

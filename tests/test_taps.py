@@ -313,7 +313,7 @@ def trace(model: EvoVisionTransformer) -> torch.jit.ScriptModule:
     lambda model: model,
     lambda model: torch.compile(model, backend='aot_eager', fullgraph=True),
     compile_blocks,
-    compile_forwards,
+    pytest.param(compile_forwards, marks=pytest.mark.slow),
     script,
     trace,
     lambda model: torch.export.export(model, (images(2),), dynamic_shapes=({0: torch.export.Dim('b')},)).module(),
