@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import ray
 import timm
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
@@ -42,6 +43,7 @@ for name, text in [('pretrained', 'weights of the Hub'), ('bfloat16', 'autocast'
     parser.add_argument(f'--{name}', action='store_true', help=text)
 CAN_CHANGE = {'output', 'batch_size', 'save_every', 'actors', 'compile'}  # when it goes on
 IDS = pa.large_string()
+DISK = 0.25  # CPUs that reading and writing ask for. With whole ones, two CPUs do not go round, and files come last
 
 
 def decode(table: pa.Table, transform, column: str, id_columns: list[str], done: ray.ObjectRef, unreadable: Path):
@@ -175,6 +177,8 @@ def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.Chunke
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')  # a warning that is not about this
     os.environ.setdefault('RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL', '30')  # seconds
+    # processes that wait for a task; with one per CPU they end too soon, and another one imports timm for seconds
+    os.environ.setdefault('RAY_num_workers_soft_limit', str((os.cpu_count() or 1) + 4))
     single = os.cpu_count() == 1 and os.environ.get('RAY_ADDRESS', 'local') == 'local'  # tasks and a model take two
     ray.init(include_dashboard=False, logging_level=logging.WARNING, num_cpus=2 if single else None)
     actors, threads, resources = plan_actors(args.actors)
@@ -187,11 +191,12 @@ def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.Chunke
         columns = [args.image_column, *([args.id_column] if args.id_column else [])]
         images = ray.data.read_parquet(
             args.data, columns=columns, partitioning=None, include_paths=unnamed, include_row_hash=unnamed,
-            override_num_blocks=blocks)
+            override_num_blocks=blocks, num_cpus=DISK)
         columns = [args.image_column, ['path', 'row_hash'] if unnamed else [args.id_column]]
     else:
         files = ids.filter(pc.invert(pc.is_in(ids, value_set=done))).to_pylist()
-        images = ray.data.read_binary_files(files, include_paths=True, override_num_blocks=blocks)
+        images = ray.data.read_binary_files(
+            files, include_paths=True, override_num_blocks=blocks, num_cpus=DISK)
         columns = ['bytes', ['path']]
     transform = create_transform(**config, use_prefetcher=True)  # which leaves floats to the actor
     images = images.map_batches(
@@ -201,7 +206,8 @@ def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.Chunke
     embedded = images.map_batches(
         Embed, fn_constructor_args=[ray.put(model), config, threads, args.bfloat16, args.compile],
         batch_size=args.batch_size, compute=ray.data.ActorPoolStrategy(size=actors), **resources)
-    embedded.write_parquet(str(args.output / 'features'), min_rows_per_file=args.save_every)
+    embedded.write_parquet(
+        str(args.output / 'features'), min_rows_per_file=args.save_every, ray_remote_args={'num_cpus': DISK})
     ray.shutdown()
 
 
@@ -221,6 +227,11 @@ def main() -> None:
     for weight in model.state_dict().values():
         weights.update(weight.double().numpy().tobytes())
     check_settings(args, {'transform': config, 'weights': weights.hexdigest()})
+    lock = FileLock(args.output / 'lock')
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SystemExit(f'{args.output} is in use by another run.') from None
     shutil.rmtree(unreadable, ignore_errors=True)  # those images are tried again
     unreadable.mkdir()
     done = read_done(args.output / 'features')

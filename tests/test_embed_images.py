@@ -19,9 +19,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from filelock import FileLock
+from loopback_hub import LoopbackHub
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.utils import random_seed
+
+from timm_evo import hub
 
 psutil = pytest.importorskip('psutil')
 pytest.importorskip('ray.data')
@@ -57,9 +61,12 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def expected(images) -> dict[str, tuple]:
-    """Features, prediction and probability of each image that can be read, one by one."""
     random_seed(0)
-    model = timm.create_model(MODEL, **MODEL_ARGS).eval()
+    return embed_in_a_loop(timm.create_model(MODEL, **MODEL_ARGS).eval(), images)
+
+
+def embed_in_a_loop(model: torch.nn.Module, images: Path) -> dict[str, tuple]:
+    """Features, prediction and probability of each image that can be read, one by one."""
     transform = create_transform(**resolve_data_config(MODEL_ARGS, model=model))
     result = {}
     with torch.inference_mode():
@@ -95,7 +102,7 @@ def belongs(process, folder: Path) -> bool:
 
 def start(ray_folder: Path, data: Path, output: Path, *options: str, address: str = 'local') -> subprocess.Popen:
     environment = os.environ | {
-        'RAY_ADDRESS': address, 'RAY_TMPDIR': str(ray_folder), 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1'}
+        'RAY_ADDRESS': address, 'RAY_TMPDIR': str(ray_folder), 'CUDA_VISIBLE_DEVICES': ''}
     command = [sys.executable, str(SCRIPT), '--data', str(data), '--output', str(output), *OPTIONS, *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -248,6 +255,13 @@ def test_other_weights_than_those_of_the_run_before_are_refused(call, resumed, t
     assert 'has weights = of another file' in call()
 
 
+def test_an_output_that_another_run_writes_to_is_refused(call, tmp_path):
+    (tmp_path / 'output').mkdir()
+    (tmp_path / 'output' / 'settings.json').write_text('{}')
+    with FileLock(tmp_path / 'output' / 'lock'):
+        assert f'{tmp_path}/output is in use by another run.' in call()
+
+
 # What takes longer
 
 @pytest.mark.slow
@@ -331,6 +345,28 @@ def test_parquet_files_of_bytes_and_of_datasets_structs_have_stable_ids(images, 
     assert again.keys() == {row['id'] for row in first} and len(again) == 40
     for row in first:
         np.testing.assert_allclose(again[row['id']]['features'], row['features'], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('source', ['the Hub', 'a file'])
+def test_a_model_and_its_weights_come_from_the_hub_or_weights_from_a_file(
+        images, ray_folder, tmp_path, monkeypatch, source):
+    torch.manual_seed(1)
+    model = timm.create_model(MODEL, **MODEL_ARGS).eval()
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    hub.save(model, tmp_path / 'saved')
+    with LoopbackHub() as server:
+        server.add('someone/photos', tmp_path / 'saved')
+        monkeypatch.setenv('HF_ENDPOINT', server.endpoint)
+        monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
+        monkeypatch.setenv('HF_HUB_OFFLINE', '0')
+        monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+        options = ['--checkpoint', str(tmp_path / 'weights.pth')]
+        if source == 'the Hub':
+            options = ['--pretrained', '--model', 'hf-hub:someone/photos', '--model-kwargs', 'img_size=32']
+        finish(start(ray_folder, images / 'a', tmp_path / 'output', *options))
+    expected = embed_in_a_loop(model, images)
+    check(read(tmp_path / 'output'), {name: row for name, row in expected.items() if '/a/' in name})
 
 
 @pytest.mark.slow
