@@ -35,7 +35,7 @@ NAME = 'evo_deit_tiny_patch16_224'
     (dict(class_head=True), r"class_head=True .* global_pool='avg', not global_pool='token'"),
 ])
 def test_argument_out_of_range(arguments, message):
-    small = dict(embed_dim=24, num_heads=2)
+    small = dict(embed_dim=24, num_heads=2)  # what is refused is found when the dense model is there
     with pytest.raises(ValueError, match=message):
         timm.create_model(NAME, **small | arguments)
     with pytest.raises(ValueError, match=message):

@@ -69,7 +69,7 @@ def run(file: Path, images: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize('exporter', ['traced', 'dynamo'])
 @pytest.mark.parametrize('name, settings', [
-    pytest.param('evo_deit_tiny_patch16_224', SMALL, marks=pytest.mark.slow),  # with an open image size below
+    pytest.param('evo_deit_tiny_patch16_224', SMALL, marks=pytest.mark.slow),  # below, with an open image size
     pytest.param('evo_deit_tiny_patch16_224', SMALL | dict(qk_norm=True, selection='layer'), marks=pytest.mark.slow),
     ('evo_deit_tiny_patch16_224', SMALL | dict(global_pool='avg', class_head=True, fast_update=False)),
     ('evo_deit_tiny_distilled_patch16_224', SMALL | SIMILARITY),
