@@ -87,6 +87,8 @@ def main() -> None:
     found = [file for file, _ in find_images_and_targets(args.data)[0]]
     if len(found) < args.images:
         parser.error(f'--images must be at most the {len(found)} of {args.data}, not {args.images}')
+    if args.images <= args.batch_size:  # a file has a batch, and throughput is taken between files
+        parser.error(f'--images must be more than --batch-size {args.batch_size}, not {args.images}')
     torch.set_num_threads(1)
     measured: dict[str, list[dict]] = {'plain loop': [], 'Ray Data': []}
     with tempfile.TemporaryDirectory() as temporary:

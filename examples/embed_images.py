@@ -195,8 +195,7 @@ def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.Chunke
         columns = [args.image_column, ['path', 'row_hash'] if unnamed else [args.id_column]]
     else:
         files = ids.filter(pc.invert(pc.is_in(ids, value_set=done))).to_pylist()
-        images = ray.data.read_binary_files(
-            files, include_paths=True, override_num_blocks=blocks, num_cpus=DISK)
+        images = ray.data.read_binary_files(files, include_paths=True, override_num_blocks=blocks, num_cpus=DISK)
         columns = ['bytes', ['path']]
     transform = create_transform(**config, use_prefetcher=True)  # which leaves floats to the actor
     images = images.map_batches(
