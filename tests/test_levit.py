@@ -188,6 +188,15 @@ def test_output_of_an_image_does_not_depend_on_the_rest_of_its_batch(scheme, sel
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize('num_traced, num_given', [(1, 4), (4, 1)])
+@pytest.mark.parametrize('scheme', SCHEMES)
+@torch.no_grad()
+def test_trace_takes_other_batch_sizes_than_its_own(scheme, num_traced, num_given):
+    model = build(**SCHEMES[scheme]).eval()
+    traced = torch.jit.trace(model, images(num_traced))
+    torch.testing.assert_close(traced(images(num_given)), model(images(num_given)), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize('arguments, read', [
     (dict(), range(9)),  # up to the attention before the last selection, at entry 9
     (dict(selection='layer'), range(12)),

@@ -134,6 +134,15 @@ def test_output_of_an_image_does_not_depend_on_the_rest_of_its_batch(selection, 
     torch.testing.assert_close(together, shuffled, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize('num_traced, num_given', [(1, 4), (4, 1)])
+@torch.no_grad()
+def test_trace_takes_other_batch_sizes_than_its_own(num_traced, num_given):
+    model = build(start_block=2, stage_depth=2).eval()
+    traced = torch.jit.trace(model, torch.randn(num_traced, 3, 24, 24, dtype=torch.float64))
+    images = torch.randn(num_given, 3, 24, 24, dtype=torch.float64)
+    torch.testing.assert_close(traced(images), model(images), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize('batch_size', [0, 1])
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('qk_norm', [False, True])

@@ -203,8 +203,19 @@ def global_class_attention(
     return scores.scatter(1, slow, _mix(scores.gather(1, slow), attention, tradeoff, learned))
 
 
+def patches(x: Tensor, num_prefix_tokens: int) -> Tensor:
+    """What a sequence (B, P + N, ...) holds of the patch tokens (B, N, ...)."""
+    return x if num_prefix_tokens == 0 else x[:, num_prefix_tokens:]  # a slice of all takes its time, too
+
+
 @torch.fx.wrap
-def downsampled_class_attention(scores: Tensor, scores_left: Tensor, num_prefix_tokens: int) -> Tensor:
+def downsampled_class_attention(
+        scores: Tensor,
+        evolved: Tensor,
+        grid_size: tuple[int, int],
+        stride: int,
+        num_prefix_tokens: int,
+) -> Tensor:
     """Scores of the tokens that are left where an attention downsamples the grid.
 
     As in the authors' LeViT, the patch tokens that are left share the sum that all had, so the new attention keeps its
@@ -212,14 +223,20 @@ def downsampled_class_attention(scores: Tensor, scores_left: Tensor, num_prefix_
 
     Args:
         scores: Scores before that attention (B, P + N).
-        scores_left: Scores evolved by that attention, of the tokens that are left (B, P + M).
-        num_prefix_tokens: Number of prefix tokens P.
+        evolved: Scores evolved by that attention (B, P + N).
+        grid_size: Height and width of the grid of the N patch tokens.
+        stride: Step between the rows and columns that are left.
+        num_prefix_tokens: Number of prefix tokens P, which are all left.
 
     Returns:
         Scores (B, P + M).
     """
-    total = scores[:, num_prefix_tokens:].sum(dim=1, keepdim=True)
-    return scores_left * (total / scores_left[:, num_prefix_tokens:].sum(dim=1, keepdim=True))
+    grid = patches(evolved, num_prefix_tokens).reshape(-1, grid_size[0], grid_size[1])
+    left = grid[:, ::stride, ::stride].flatten(1)
+    rescale = patches(scores, num_prefix_tokens).sum(dim=1, keepdim=True) / left.sum(dim=1, keepdim=True)
+    if num_prefix_tokens > 0:
+        left = torch.cat([evolved[:, :num_prefix_tokens], left], dim=1)
+    return left * rescale
 
 
 def count_slow(keep_ratio: float, num_patches: int) -> int:
@@ -261,7 +278,7 @@ def select_tokens(scores: Tensor, keep_ratio: float, num_prefix_tokens: int) -> 
         ValueError: No patch token would be left on the slow path.
     """
     num_slow = count_slow(keep_ratio, scores.shape[1] - num_prefix_tokens)
-    slow = scores[:, num_prefix_tokens:].topk(num_slow, dim=1, sorted=False)[1]  # their order has no meaning
+    slow = patches(scores, num_prefix_tokens).topk(num_slow, dim=1, sorted=False)[1]  # their order has no meaning
     if num_prefix_tokens == 0:
         return slow
     slow = slow + num_prefix_tokens
@@ -286,11 +303,15 @@ def representative_token(x: Tensor, scores: Tensor, slow: Tensor) -> Tensor:
     weight = scores.scatter(1, slow, 0.)
     # a floor of about the smallest float32, because the scores of all placeholders can underflow to zero together
     weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-37)
-    return weight.unsqueeze(1).to(x.dtype).bmm(x)
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    return weight.unsqueeze(1).bmm(x)
 
 
 def rows(positions: Tensor, num_tokens: int) -> Tensor:
     """Positions (B, K) in sequences of a length as rows of the whole batch (B * K,), to copy whole rows at once."""
+    if not torch.jit.is_tracing() and positions.shape[0] == 1:  # a trace of one image is for more, too
+        return positions.view(-1)
     offsets = torch.arange(0, positions.shape[0] * num_tokens, num_tokens, device=positions.device)
     return (positions + offsets.unsqueeze(1)).view(-1)
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from timm.layers import to_2tuple, trunc_normal_
 from timm.layers.trace_utils import _assert
 from timm.models import checkpoint
@@ -61,7 +60,7 @@ def _split_heads(x: Tensor, num_heads: int, dims: list[int]) -> list[Tensor]:
     """Projections of all heads (B, L, H * sum of dims) to one tensor (H * B, L, d) for each of `dims`, copied once."""
     heads = x.view(x.shape[0], x.shape[1], num_heads, sum(dims)).permute(2, 0, 1, 3)
     heads = heads.reshape(num_heads * x.shape[0], x.shape[1], sum(dims))
-    return heads.split(dims, dim=2)  # pyright: ignore[reportReturnType]  # a list to TorchScript
+    return heads.split_with_sizes(dims, 2)  # pyright: ignore[reportReturnType]  # a list to TorchScript
 
 
 @torch.fx.wrap
@@ -72,16 +71,20 @@ def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> 
         query: Queries (H * B, Q, d).
         key: Keys (H * B, L, d).
         scale: Factor on the products.
-        biases: Biases (H, 1 or B, Q, L).
+        biases: Biases (H * B, Q, L), or (H, Q, L) for all images.
 
     Returns:
         Attention (H * B, Q, L).
     """
-    logits = (query * scale).bmm(key.transpose(1, 2))
-    if biases is not None:  # in place, because another matrix takes its time
-        by_image = logits.view(biases.shape[0], query.shape[0] // biases.shape[0], logits.shape[1], logits.shape[2])
-        logits = by_image.add_(biases).view_as(logits)
-    return logits.softmax(dim=-1)
+    key = key.transpose(1, 2)
+    if biases is None:
+        return (query * scale).bmm(key).softmax(dim=-1)
+    if not torch.jit.is_tracing() and biases.shape[0] == query.shape[0]:  # a trace of one image is for more, too
+        return torch.baddbmm(biases, query, key, alpha=scale).softmax(dim=-1)
+    logits = (query * scale).bmm(key)
+    by_image = logits.view(biases.shape[0], query.shape[0] // biases.shape[0], logits.shape[1], logits.shape[2])
+    by_image.add_(biases.unsqueeze(1))  # in place, because another matrix takes its time
+    return by_image.view_as(logits).softmax(dim=-1)
 
 
 @torch.fx.wrap
@@ -142,7 +145,7 @@ def _gather_biases(
         index: Tensor,
         slow: Tensor | None,
         representative: Tensor | None,
-) -> Tensor | None:
+) -> list[Tensor] | None:
     """Attention biases of the tokens of a selection, for all blocks of its segment at once: that takes fewer calls.
 
     Args:
@@ -152,23 +155,22 @@ def _gather_biases(
         representative: Representative token, if any. It has no position, its biases are zero.
 
     Returns:
-        Biases by block (S, H, B, K, K), or (S, H, B, K + 1, K + 1) with a representative token; None if `slow` is.
+        Biases of each block (H * B, K, K), or (H * B, K + 1, K + 1) with a representative token; None if `slow` is.
     """
     if slow is None:
         return None
-    biases = torch.stack(tables)
-    entries = slow.unsqueeze(2) * index.shape[0] + slow.unsqueeze(1)
-    positions = index.view(-1).index_select(0, entries.view(-1)).view_as(entries)
+    entries = torch.add(slow.unsqueeze(1), slow.unsqueeze(2), alpha=index.shape[0])
+    positions = index.view(-1).index_select(0, entries.view(-1))
+    biases = torch.cat(tables).index_select(1, positions)
+    biases = biases.view(len(tables), -1, slow.shape[1], slow.shape[1])
     if representative is not None:
-        positions = F.pad(positions, (0, 1, 0, 1), value=float(biases.shape[2]))
-        biases = F.pad(biases, (0, 1))
-    gathered = biases.flatten(0, 1).index_select(1, positions.view(-1))
-    return gathered.view(biases.shape[0], biases.shape[1], positions.shape[0], positions.shape[1], positions.shape[2])
+        biases = torch.constant_pad_nd(biases, [0, 1, 0, 1])
+    return biases.unbind(0)  # pyright: ignore[reportReturnType]  # a list to TorchScript
 
 
 @torch.fx.wrap
-def _take_biases(biases: Tensor | None, block: int) -> Tensor | None:
-    """Biases (H, B, L, L) of a block of the segment, counted from its first."""
+def _take_biases(biases: list[Tensor] | None, block: int) -> Tensor | None:
+    """Biases (H * B, L, L) of a block of the segment, counted from its first."""
     return None if biases is None else biases[block]
 
 
@@ -226,9 +228,10 @@ class _ScoringAttention(_DenseAttention):
         One that is held is where it started, with a gradient of zero: a parameter without any would stop a
         `DistributedDataParallel`.
         """
-        if self.learn_tradeoff is None or not self.is_tradeoff_held:
-            return self.learn_tradeoff
-        return self.learn_tradeoff * 0 + math.log(self.tradeoff / (1 - self.tradeoff))
+        learned = self.learn_tradeoff
+        if learned is None or not self.is_tradeoff_held:
+            return learned
+        return learned * 0 + math.log(self.tradeoff / (1 - self.tradeoff))
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set training or evaluation mode, as timm's, and compute biases anew: an averaged copy is never trained."""
@@ -265,15 +268,15 @@ class EvoAttention(_ScoringAttention, Attention):  # pyright: ignore[reportIncom
         Args:
             x: Tokens present (B, L, C): the full sequence, or those of a selection.
             scores: Scores so far (B, P + K) of these tokens but a representative one, if any.
-            biases: Biases of the tokens of a selection (H, B, L, L); None without a selection, or without biases.
+            biases: Biases of the tokens of a selection (H * B, L, L); None without a selection, or without biases.
 
         Returns:
             What the attention adds to the tokens (B, L, C).
             Scores (B, P + K).
         """
         q, k, v = _split_heads(self.qkv(x), self.num_heads, [self.key_dim, self.key_dim, self.val_dim])
-        if self.attention_biases is not None and biases is None:
-            biases = self.get_attention_biases(x.device).unsqueeze(1)
+        if biases is None and self.attention_biases is not None:
+            biases = self.get_attention_biases(x.device)
         attn = _attend(q, k, self.scale, biases)
         if self.scored:
             scores = _score(scores, attn, self.num_heads, self.class_token, self.tradeoff, self.learned())
@@ -285,6 +288,7 @@ class EvoAttentionDownsample(  # pyright: ignore[reportIncompatibleMethodOverrid
     """timm's LeViT `AttentionDownsample`, with a class token that goes along, and scores that are downsampled, too."""
     if TYPE_CHECKING:
         q: Any
+        resolution: tuple[int, int]
     attention_bias_cache: dict[str, Tensor]  # TorchScript does not look at base classes
 
     def init_evolution(self, tradeoff: float, learn_tradeoff: bool, class_token: bool) -> None:
@@ -326,13 +330,13 @@ class EvoAttentionDownsample(  # pyright: ignore[reportIncompatibleMethodOverrid
         q, = _split_heads(self.q.ln(self.downsample(x)), self.num_heads, [self.key_dim])
         biases: Tensor | None = None
         if self.attention_biases is not None:
-            biases = self.get_attention_biases(x.device).unsqueeze(1)
+            biases = self.get_attention_biases(x.device)
         attn = _attend(q, k, self.scale, biases)
         if self.scored:
             assert scores is not None
             evolved = _score(scores, attn, self.num_heads, self.class_token, self.tradeoff, self.learned())
             scores = evolution.downsampled_class_attention(
-                scores, self.downsample(evolved.unsqueeze(2)).squeeze(2), 1 if self.class_token else 0)
+                scores, evolved, self.resolution, self.stride, 1 if self.class_token else 0)
         return self.proj(_gather_values(attn, v, self.num_heads)), scores
 
 
@@ -388,7 +392,7 @@ class EvoLevitStage(LevitStage):
         tokens, present = x, scores  # what goes through the blocks, and its scores
         slow: Tensor | None = None  # positions of the slow tokens, None while every token goes through the blocks
         representative: Tensor | None = None
-        biases: Tensor | None = None  # of the blocks of the segment
+        biases: list[Tensor] | None = None  # of the blocks of the segment
         first = 0  # of these blocks
         for i, block in enumerate(self.blocks):
             if self.begins[i]:
@@ -410,7 +414,7 @@ class EvoLevitStage(LevitStage):
         """Select the tokens for the blocks from this one on, see `evolution.begin_segment`; `tracing` listens here."""
         return evolution.begin_segment(x, scores, keep_ratio, self.num_prefix_tokens, self.fast_update)
 
-    def _gather_biases(self, begin: int, slow: Tensor | None, representative: Tensor | None) -> Tensor | None:
+    def _gather_biases(self, begin: int, slow: Tensor | None, representative: Tensor | None) -> list[Tensor] | None:
         """Attention biases of the tokens of a selection for the blocks of the segment that begins with this one."""
         end = begin + 1
         while end < len(self.begins) and not self.begins[end]:
@@ -418,9 +422,12 @@ class EvoLevitStage(LevitStage):
         tables: list[Tensor] = []
         index: Tensor | None = None
         for i, block in enumerate(self.blocks):
-            if begin <= i and i < end and block.attn.attention_biases is not None:
-                tables.append(block.attn.attention_biases)
-                index = block.attn.attention_bias_idxs
+            if begin <= i and i < end:
+                table = block.attn.attention_biases
+                if table is not None:
+                    tables.append(table)
+            if begin == i:
+                index = block.attn.attention_bias_idxs  # the same in all of them
         return None if index is None else _gather_biases(tables, index, slow, representative)
 
 
@@ -760,13 +767,14 @@ class EvoLevit(LevitEvolution, LevitDistilled):
 
         In distilled training, the pair of logits of `head` and `head_dist`; otherwise their mean, as timm's.
         """
-        x_cls = x[:, 0]
+        tokens = x
         if self.global_pool == 'avg':
-            x = x[:, self.num_prefix_tokens:].mean(dim=1)
+            x = evolution.patches(tokens, self.num_prefix_tokens).mean(dim=1)
         if pre_logits:
-            return (x + x_cls) / 2 if self.class_head else x
+            return (x + tokens[:, 0]) / 2 if self.class_head else x
         logits, logits_dist = self.head(x), self.head_dist(x)
         if self.class_head:
+            x_cls = tokens[:, 0]
             logits = (logits + self.head_cls(x_cls)) / 2
             logits_dist = (logits_dist + self.head_cls_dist(x_cls)) / 2
         if self.distilled_training and self.training and not torch.jit.is_scripting():
