@@ -203,6 +203,11 @@ def global_class_attention(
     return scores.scatter(1, slow, _mix(scores.gather(1, slow), attention, tradeoff, learned))
 
 
+def is_one_image(batch_size: int) -> bool:
+    """Whether a batch is known to hold one image, which takes fewer steps; that of a trace, made for any, is not."""
+    return not torch.jit.is_tracing() and batch_size == 1
+
+
 def patches(x: Tensor, num_prefix_tokens: int) -> Tensor:
     """What a sequence (B, P + N, ...) holds of the patch tokens (B, N, ...)."""
     return x if num_prefix_tokens == 0 else x[:, num_prefix_tokens:]  # a slice of all takes its time, too
@@ -310,7 +315,7 @@ def representative_token(x: Tensor, scores: Tensor, slow: Tensor) -> Tensor:
 
 def rows(positions: Tensor, num_tokens: int) -> Tensor:
     """Positions (B, K) in sequences of a length as rows of the whole batch (B * K,), to copy whole rows at once."""
-    if not torch.jit.is_tracing() and positions.shape[0] == 1:  # a trace of one image is for more, too
+    if is_one_image(positions.shape[0]):
         return positions.view(-1)
     offsets = torch.arange(0, positions.shape[0] * num_tokens, num_tokens, device=positions.device)
     return (positions + offsets.unsqueeze(1)).view(-1)

@@ -58,8 +58,12 @@ else:
 @torch.fx.wrap
 def _split_heads(x: Tensor, num_heads: int, dims: list[int]) -> list[Tensor]:
     """Projections of all heads (B, L, H * sum of dims) to one tensor (H * B, L, d) for each of `dims`, copied once."""
-    heads = x.view(x.shape[0], x.shape[1], num_heads, sum(dims)).permute(2, 0, 1, 3)
-    heads = heads.reshape(num_heads * x.shape[0], x.shape[1], sum(dims))
+    batch_size, length, _ = x.shape
+    if evolution.is_one_image(batch_size):
+        heads = x.view(length, num_heads, sum(dims)).transpose(0, 1)
+    else:
+        heads = x.view(batch_size, length, num_heads, sum(dims)).permute(2, 0, 1, 3)
+        heads = heads.reshape(num_heads * batch_size, length, sum(dims))
     return heads.split_with_sizes(dims, 2)  # pyright: ignore[reportReturnType]  # a list to TorchScript
 
 
@@ -79,10 +83,11 @@ def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> 
     key = key.transpose(1, 2)
     if biases is None:
         return (query * scale).bmm(key).softmax(dim=-1)
-    if not torch.jit.is_tracing() and biases.shape[0] == query.shape[0]:  # a trace of one image is for more, too
+    num_shared = query.shape[0] // biases.shape[0]  # images that share the biases
+    if evolution.is_one_image(num_shared):
         return torch.baddbmm(biases, query, key, alpha=scale).softmax(dim=-1)
     logits = (query * scale).bmm(key)
-    by_image = logits.view(biases.shape[0], query.shape[0] // biases.shape[0], logits.shape[1], logits.shape[2])
+    by_image = logits.view(biases.shape[0], num_shared, logits.shape[1], logits.shape[2])
     by_image.add_(biases.unsqueeze(1))  # in place, because another matrix takes its time
     return by_image.view_as(logits).softmax(dim=-1)
 
@@ -93,7 +98,10 @@ def _gather_values(attention: Tensor, value: Tensor, num_heads: int) -> Tensor:
     if attention.dtype != value.dtype:
         attention = attention.to(value.dtype)
     gathered = attention.bmm(value)
-    batch_size, num_queries, dim = gathered.shape[0] // num_heads, gathered.shape[1], gathered.shape[2]
+    num_matrices, num_queries, dim = gathered.shape
+    batch_size = num_matrices // num_heads
+    if evolution.is_one_image(batch_size):
+        return gathered.transpose(0, 1).reshape(1, num_queries, num_heads * dim)
     gathered = gathered.view(num_heads, batch_size, num_queries, dim)
     return gathered.permute(1, 2, 0, 3).reshape(batch_size, num_queries, num_heads * dim)
 
