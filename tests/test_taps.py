@@ -1,6 +1,7 @@
 """Scores come from the block's own call: whatever acts on its weights or stands around its modules acts on them."""
 import copy
 import functools
+import gc
 import io
 import pickle
 import threading
@@ -228,6 +229,35 @@ def test_a_copy_is_heard_by_itself(copied, qk_norm):
     assert other.blocks[2].attn.q_norm.tap is other._taps[2] is other.blocks[2].attn.k_norm.tap
     restore(other)
     assert other.blocks[2].attn.q_norm.__class__ is type(restore(model).blocks[2].attn.q_norm)
+
+
+@pytest.mark.parametrize('kind', [*BLOCKS, *KINDS])
+@pytest.mark.parametrize('use', ['a copy', 'inference', 'training'])
+def test_a_model_that_nobody_needs_leaves_memory_at_once(kind, use):
+    def use_copy() -> list[weakref.ref]:
+        other = copy.deepcopy(model)
+        if use == 'inference':
+            with torch.no_grad():
+                other(images())
+        if use == 'training':
+            other.train()(images()).sum().backward()
+        return [weakref.ref(module) for module in other.modules()]
+
+    model = build(**LAYERWISE, **(BLOCKS | KINDS)[kind])
+    gc.disable()  # which tensors do not hurry
+    try:
+        assert not [module for module in use_copy() if module() is not None]
+    finally:
+        gc.enable()
+
+
+def test_a_norm_whose_attention_is_gone_leaves_the_block_to_be_projected_once_more():
+    model, plain = build(**LAYERWISE, qk_norm=True), build(**LAYERWISE, qk_norm=True)
+    attn = copy.copy(model.blocks[3].attn)  # has the same norms
+    model.blocks[3].attn = attn
+    assert attn.q_norm.attention() is None
+    for each in (model, copy.deepcopy(model)):
+        torch.testing.assert_close(each(images()), plain(images()), rtol=0, atol=1e-10)
 
 
 # Checkpointing

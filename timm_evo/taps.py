@@ -10,6 +10,7 @@ tap: where a whole model is compiled to one graph, that is plain data flow; bloc
 """
 import functools
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ class Tap:
         for attn in attentions:
             for norm, tapped_cls in ((attn.q_norm, _TappedQuery), (attn.k_norm, _TappedKey)):
                 norm.__class__ = _tapped_class(type(norm), tapped_cls)
-                norm.tap, norm.attention = tap, (attn,)  # in a tuple, which registers no module
+                norm.tap, norm.attention = tap, weakref.ref(attn)
         return tap
 
     @staticmethod
@@ -101,12 +102,13 @@ class Listener:
         self._attention: Tensor | None = None
 
     def hear_query(self, query: Tensor, attn: Any) -> None:
-        """Take queries (B, H, L, d) of an attention."""
+        """Take queries of an attention as they leave their norm."""
+        query = _by_heads(query, attn)
         self._query = evolution.class_query(
             query, self.class_token, self.num_prefix_tokens, self.slow, self.rotation, _rotates_half(attn))
 
     def hear_key(self, key: Tensor, attn: Any) -> None:
-        """Take keys (B, H, L, d) of an attention."""
+        """Take keys of an attention as they leave their norm."""
         if self._query is None or self._with_gradient != torch.is_grad_enabled():
             return  # a wrapper may have taken the gradient away, and recompute the block where nobody listens
         if self._with_gradient:
@@ -124,6 +126,7 @@ class Listener:
         return self._attention
 
     def _add(self, query: Tensor, key: Tensor, attn: Any) -> None:
+        key = _by_heads(key, attn)
         attention = evolution.class_attention(
             query, key, attn.scale, self.num_prefix_tokens, self.rotation, _rotates_half(attn))
         self._attention = attention if self._attention is None else self._attention + attention
@@ -197,14 +200,20 @@ class _Tapped(nn.Module):
     """
     if TYPE_CHECKING:
         tap: Tap
-        attention: tuple[Any]
+        # A weak reference, because the attention refers to its norms, and cycles stay in memory until Python looks for
+        # them. Its attention is gone where a norm has been put into another one, of which nothing is known.
+        attention: weakref.ref[Any]
         norm_cls: type[nn.Module]
 
     __jit_ignored_attributes__ = ['tap', 'attention']
 
-    def _by_heads(self, x: Tensor) -> Tensor:
-        """What leaves the norm as (B, H, L, d); a block of parallel branches has tokens before heads."""
-        return x.transpose(1, 2) if isinstance(self.attention[0], ParallelScalingBlock) else x
+    def __getstate__(self) -> dict:
+        return self.__dict__ | dict(attention=self.attention())  # copied with its norms
+
+    def __setstate__(self, state: dict) -> None:
+        attention = state['attention']
+        attention_ref = (lambda: None) if attention is None else weakref.ref(attention)
+        super().__setstate__(state | dict(attention=attention_ref))
 
     def _listener(self) -> Listener | None:
         if torch.compiler.is_dynamo_compiling():
@@ -220,9 +229,9 @@ class _TappedQuery(_Tapped):
 
     def __call__(self, x: Tensor) -> Tensor:
         x = super().__call__(x)
-        listener = self._listener()
-        if listener is not None:
-            listener.hear_query(self._by_heads(x), self.attention[0])
+        listener, attn = self._listener(), self.attention()
+        if listener is not None and attn is not None:
+            listener.hear_query(x, attn)
         return x
 
 
@@ -230,9 +239,9 @@ class _TappedKey(_Tapped):
 
     def __call__(self, x: Tensor) -> Tensor:
         x = super().__call__(x)
-        listener = self._listener()
-        if listener is not None:
-            listener.hear_key(self._by_heads(x), self.attention[0])
+        listener, attn = self._listener(), self.attention()
+        if listener is not None and attn is not None:
+            listener.hear_key(x, attn)
         return x
 
 
@@ -241,7 +250,8 @@ def _tapped_class(norm_cls: type[nn.Module], tapped_cls: type[_Tapped]) -> type[
     return type(f'{tapped_cls.__name__}{norm_cls.__name__}', (tapped_cls, norm_cls), {
         '__module__': norm_cls.__module__,  # which tells symbolic tracing what to look into
         '__annotations__': getattr(norm_cls, '__annotations__', {}),  # TorchScript does not look at base classes
-        '__reduce__': lambda self: (_new, (norm_cls, tapped_cls), self.__dict__),  # a file can't find it by its name
+        # a file can't find the class by its name
+        '__reduce__': lambda self: (_new, (norm_cls, tapped_cls), self.__getstate__()),
         'norm_cls': norm_cls,
     })
 
@@ -249,6 +259,11 @@ def _tapped_class(norm_cls: type[nn.Module], tapped_cls: type[_Tapped]) -> type[
 def _new(norm_cls: type[nn.Module], tapped_cls: type[_Tapped]) -> _Tapped:
     cls = _tapped_class(norm_cls, tapped_cls)
     return cls.__new__(cls)
+
+
+def _by_heads(x: Tensor, attn: Any) -> Tensor:
+    """Queries or keys of an attention as (B, H, L, d); a block of parallel branches has tokens before heads."""
+    return x.transpose(1, 2) if isinstance(attn, ParallelScalingBlock) else x
 
 
 def _rotates_half(attn: Any) -> bool:
