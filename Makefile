@@ -51,14 +51,16 @@ timm-suite few-of-timm-suite: $(VENV)/timm-suite
 	HF_HUB_OFFLINE=1 TIMEOUT=3600 PYTHONPATH=tests $(SUITE) -q -W ignore -p timm_suite \
 		--timm-models $(foreach model,$(MODELS),'$(model)') -- $</tests/test_models.py
 
-$(VENV)/ready: setup.cfg pyproject.toml
+# pip comes last into an environment.
+$(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/ready: setup.cfg pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --editable '.[demo,test]'
 	touch $@
 
 # Without what the tests need, which takes minutes to install.
-$(VENV)/ready-for-demo: setup.cfg pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/ready-for-demo: setup.cfg pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	touch $@
 
