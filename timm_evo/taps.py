@@ -102,13 +102,13 @@ class Listener:
         self._attention: Tensor | None = None
 
     def hear_query(self, query: Tensor, attn: Any) -> None:
-        """Take queries of an attention as they leave their norm."""
+        """Take queries of an attention as they leave their norm: (B, H, L, d), or (B, L, H, d) of parallel branches."""
         query = _by_heads(query, attn)
         self._query = evolution.class_query(
             query, self.class_token, self.num_prefix_tokens, self.slow, self.rotation, _rotates_half(attn))
 
     def hear_key(self, key: Tensor, attn: Any) -> None:
-        """Take keys of an attention as they leave their norm."""
+        """Take keys of an attention as they leave their norm: (B, H, L, d), or (B, L, H, d) of parallel branches."""
         if self._query is None or self._with_gradient != torch.is_grad_enabled():
             return  # a wrapper may have taken the gradient away, and recompute the block where nobody listens
         if self._with_gradient:
