@@ -1,7 +1,8 @@
 """ Arithmetic cost of a model """
+from math import prod
+
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -9,7 +10,10 @@ __all__ = ['count_gmacs']
 
 
 class _FlopCounter(TorchDispatchMode):
-    """PyTorch's formulas without the hooks of its `FlopCounterMode`, for which a last block would not be short."""
+    """PyTorch's formulas without the hooks of its `FlopCounterMode`, for which a last block would not be short.
+
+    Like every such mode it sees what its own thread computes, and changes nothing for others.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,7 +22,10 @@ class _FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func.overloadpacket in flop_registry:
+        if func.__name__.startswith('_scaled_dot_product'):  # PyTorch has no formula for some of these, as on a CPU
+            query, key, value = args[:3]
+            self.flops += 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        elif func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         return out
 
@@ -33,6 +40,6 @@ def count_gmacs(model: nn.Module, image: Tensor) -> float:
             make an evolved model compute its last block as a whole; this counter sets none.
         image: A batch of one image (1, C, H, W).
     """
-    with sdpa_kernel(SDPBackend.MATH), _FlopCounter() as counter:  # not all fused attentions have a formula
+    with _FlopCounter() as counter:
         model(image)
     return counter.flops / 2e9
