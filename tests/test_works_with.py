@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from timm_evo import evolution, evolve
+from timm_evo import evolution, evolve, restore
 
 LAYERWISE = dict(selection='layer', start_block=2, keep_ratio=0.4)
 
@@ -470,6 +470,50 @@ def test_a_parametrized_projection_is_scored_as_its_weights():
     for block in parametrized.blocks:
         parametrize.remove_parametrizations(block.attn.qkv, 'weight')
     assert torch.equal(parametrized(x), plain(x))
+
+
+PARAMETRIZED = {  # model, its arguments, and where it has a weight to parametrize
+    'position embedding': ('vit_tiny_patch16_224', {}, '', 'pos_embed'),
+    'class token': ('vit_tiny_patch16_224', dict(global_pool='avg'), '', 'cls_token'),
+    'norm of the keys': ('vit_tiny_patch16_224', dict(qk_norm=True), 'blocks.2.attn.k_norm', 'weight'),
+    'rotations': ('eva02_tiny_patch14_224', dict(qk_norm=True), 'blocks.2.attn.q_norm', 'weight'),
+    'biases of a LeViT': ('levit_128s', {}, 'stages.1.blocks.0.attn', 'attention_biases'),
+}
+
+
+@pytest.mark.parametrize('kind', PARAMETRIZED)
+@pytest.mark.parametrize('evolves_first', [True, False])
+@pytest.mark.parametrize('restores_first', [True, False])
+@torch.no_grad()
+def test_parametrizations_and_evolution_come_and_go_in_any_order(kind, evolves_first, restores_first):
+    name, arguments, path, weight = PARAMETRIZED[kind]
+    small = {} if 'levit' in name else dict(img_size=48, patch_size=8, embed_dim=48, num_heads=3, depth=6)
+    dense = timm.create_model(name, **small | arguments).eval()
+    for parameter in dense.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model, plain = copy.deepcopy(dense), copy.deepcopy(dense)
+    plain.get_submodule(path).get_parameter(weight).mul_(0.5)
+    x = torch.randn(2, 3, *(small.get('img_size', 224),) * 2)
+
+    def register() -> None:
+        parametrize.register_parametrization(model.get_submodule(path), weight, Halved())
+
+    steps = [lambda: evolve(model, selection='stage'), register]
+    for step in steps if evolves_first else steps[::-1]:
+        step()
+    evolve(plain, selection='stage')
+    assert isinstance(model, type(plain))
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(copy.deepcopy(model)(x), plain(x), rtol=0, atol=1e-5)
+    restore(plain)
+    steps = [
+        lambda: restore(model),
+        lambda: parametrize.remove_parametrizations(model.get_submodule(path), weight)]
+    for step in steps if restores_first else steps[::-1]:
+        step()
+    assert [type(module) for module in model.modules()] == [type(module) for module in dense.modules()]
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-5)
+    assert model.state_dict().keys() == dense.state_dict().keys()
 
 
 @pytest.mark.parametrize('how', ['the whole model checkpointed', 'activations saved on the cpu'])

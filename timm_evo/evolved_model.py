@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .arguments import argument_names, nearest, plain, refuse_unknown
 from .layer_to_stage import LayerToStage
 
 __all__ = [
-    'Evolved', 'architecture', 'attribute_names', 'combined_class', 'dense_class', 'evaluating', 'find_evolved',
-    'input_size']
+    'Evolved', 'architecture', 'attribute_names', 'change_class', 'combined_class', 'dense_class', 'evaluating',
+    'find_evolved', 'input_size']
 
 UNCHANGED: Any = type('Unchanged', (), {'__repr__': lambda self: 'unchanged'})()  # None means an argument's default
 
@@ -132,7 +133,7 @@ class Evolved(LayerToStage):
         """Make the model dense again that has got attributes of these names by evolution."""
         self._stop_counting()
         self._restore_modules()
-        self.__class__ = dense_class(type(self))  # pyright: ignore[reportAttributeAccessIssue]  # no longer evolved
+        change_class(self, dense_class)
         for name in names:
             if name in attribute_names(self):
                 delattr(self, name)
@@ -172,6 +173,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)  # LeViT forgets the biases that it has computed
         for module, mode in modes:
             module.training = mode
+
+
+def change_class(module: nn.Module, new_class: Callable[[type[nn.Module]], type[nn.Module]]) -> None:
+    """Give a module another class in the place of its own.
+
+    PyTorch's parametrizations of a module are in a class that it derives from the module's own, and rolls back when the
+    last one is removed. That class stays, derived from the new one.
+
+    Args:
+        module: The module, whose class is changed in place.
+        new_class: From the class without parametrizations to the new one.
+    """
+    old_cls = parametrize.type_before_parametrizations(module)
+    cls = new_class(old_cls)
+    if cls is old_cls:
+        return
+    if parametrize.is_parametrized(module):
+        own = {name: value for name, value in vars(type(module)).items() if name not in ('__dict__', '__weakref__')}
+        cls = type(type(module).__name__, (cls,), own)
+    module.__class__ = cls  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def dense_class(cls: type[nn.Module]) -> type[nn.Module]:

@@ -8,10 +8,11 @@ from timm.models.eva import Eva
 from timm.models.levit import Levit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.utils import parametrize
 
 from . import eva, levit, vision_transformer
 from .arguments import argument_names, plain
-from .evolved_model import Evolved, architecture, attribute_names, find_evolved
+from .evolved_model import Evolved, architecture, attribute_names, change_class, find_evolved
 
 __all__ = ['evolve', 'evolved', 'restore']
 
@@ -70,7 +71,7 @@ def evolve(
     arguments = {name: value for name, value in plain(arguments).items() if not _is_default(name, value)} | misspelt
     evolved_cls.check_names(arguments, argument_names(evolved_cls, ['init_evolution']))
     dense = attribute_names(model)
-    model.__class__ = evolved_cls
+    change_class(model, lambda dense_cls: evolved_cls)
     model = cast(Evolved, model)
     try:
         model.dense_architecture = architecture(model)
@@ -163,12 +164,13 @@ def _evolved_class(model: nn.Module) -> type[Evolved]:
         raise TypeError(f'evolve takes a model, a torch.nn.Module, not {name}.')
     if isinstance(model, Evolved):
         raise TypeError(f'{name} is evolved already, its set_evolution changes the arguments.')
-    if isinstance(model, VisionTransformer):
-        return vision_transformer.evolved_class(type(model))
-    if isinstance(model, Eva):
-        return eva.evolved_class(type(model))
-    if isinstance(model, Levit):
-        return levit.evolved_class(type(model))
+    dense_cls = parametrize.type_before_parametrizations(model)
+    if issubclass(dense_cls, VisionTransformer):
+        return vision_transformer.evolved_class(dense_cls)
+    if issubclass(dense_cls, Eva):
+        return eva.evolved_class(dense_cls)
+    if issubclass(dense_cls, Levit):
+        return levit.evolved_class(dense_cls)
     for path, module in model.named_modules():
         if isinstance(module, Evolved):
             raise TypeError(f'{name} has a model in it that is evolved already, {_path(path)}.')

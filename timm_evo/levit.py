@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from . import evolution
 from .arguments import split_arguments
-from .evolved_model import Evolved, attribute_names, combined_class
+from .evolved_model import Evolved, attribute_names, change_class, combined_class
 from .schedule import (
     Schedule,
     check_flag,
@@ -439,6 +439,19 @@ class EvoLevitStage(LevitStage):
         return None if index is None else _gather_biases(tables, index, slow, representative)
 
 
+_EVOLVED: dict[type[nn.Module], type[nn.Module]] = {  # timm's class, and the one in its place
+    Attention: EvoAttention,
+    AttentionDownsample: EvoAttentionDownsample,
+    LevitBlock: EvoLevitBlock,
+    LevitDownsample: EvoLevitDownsample,
+    LevitStage: EvoLevitStage,
+}
+
+
+def _evolved_class_of(cls: type[nn.Module]) -> type[nn.Module]:
+    return next(evolved for dense, evolved in _EVOLVED.items() if issubclass(cls, dense))
+
+
 class LevitEvolution(Evolved, _Dense):
     """Token evolution for a timm `Levit`, to stand before it in the bases of a class.
 
@@ -529,18 +542,17 @@ class LevitEvolution(Evolved, _Dense):
             self.pos_embed = nn.Parameter(weight.new_empty(1, 1 + num_patches, self.embed_dim[0]))
             trunc_normal_(self.pos_embed, std=.02)
         for attn, alpha in zip(attentions, schedule.tradeoff, strict=True):
-            attn.__class__ = (  # pyright: ignore[reportAttributeAccessIssue]
-                EvoAttention if isinstance(attn, Attention) else EvoAttentionDownsample)
+            change_class(attn, _evolved_class_of)
             attn.init_evolution(alpha, learn_tradeoff, class_token)
         self.stages.__class__ = nn.ModuleList  # no nn.Sequential, stages and blocks pass more than one tensor on
         for stage in self.stages:
-            stage.__class__ = EvoLevitStage
+            change_class(stage, _evolved_class_of)
             stage.num_prefix_tokens = self.num_prefix_tokens
             stage.blocks.__class__ = nn.ModuleList
             if not isinstance(stage.downsample, nn.Identity):
-                stage.downsample.__class__ = EvoLevitDownsample
+                change_class(stage.downsample, _evolved_class_of)
             for block in stage.blocks:
-                block.__class__ = EvoLevitBlock
+                change_class(block, _evolved_class_of)
         self._set_evolution(**arguments)
         self._init_class_heads(class_head)
         self._added = attribute_names(self) - dense | {'_added', 'dense_architecture'}
@@ -587,9 +599,7 @@ class LevitEvolution(Evolved, _Dense):
                 "place of timm's biases.")
 
     def _restore_modules(self) -> None:
-        dense = {
-            EvoAttention: Attention, EvoAttentionDownsample: AttentionDownsample, EvoLevitBlock: LevitBlock,
-            EvoLevitDownsample: LevitDownsample, EvoLevitStage: LevitStage}
+        dense: dict[type[nn.Module], type[nn.Module]] = {evolved: dense for dense, evolved in _EVOLVED.items()}
         for module in self.stages.modules():
             if isinstance(module, _ScoringAttention):
                 module.leave_evolution()
@@ -597,7 +607,7 @@ class LevitEvolution(Evolved, _Dense):
                 module.blocks.__class__ = nn.Sequential
                 for name in attribute_names(module) & {'begins', 'keep_ratio', 'fast_update', 'num_prefix_tokens'}:
                     delattr(module, name)
-            module.__class__ = dense.get(type(module), type(module))
+            change_class(module, lambda cls: dense.get(cls, cls))
         self.stages.__class__ = nn.Sequential
 
     def _attentions(self) -> 'list[EvoAttention | EvoAttentionDownsample]':

@@ -26,8 +26,10 @@ from timm.models.vision_transformer import (
     ResPostBlock,
 )
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import evolution
+from .evolved_model import change_class
 
 __all__ = ['Tap', 'check_block', 'call_and_score']
 
@@ -58,7 +60,7 @@ class Tap:
         tap = cls()
         for attn in attentions:
             for norm, tapped_cls in ((attn.q_norm, _TappedQuery), (attn.k_norm, _TappedKey)):
-                norm.__class__ = _tapped_class(type(norm), tapped_cls)
+                change_class(norm, functools.partial(_tapped_class, tapped_cls=tapped_cls))
                 norm.tap, norm.attention = tap, weakref.ref(attn)
         return tap
 
@@ -66,9 +68,10 @@ class Tap:
     def remove(block: nn.Module) -> None:
         """Give the modules their own class again."""
         for module in block.modules():
-            # not where the class has been changed once more, as by a parametrization, which would be lost
-            if isinstance(module, _Tapped) and 'norm_cls' in vars(type(module)):
-                module.__class__ = module.norm_cls  # pyright: ignore[reportAttributeAccessIssue]
+            # not where somebody else has derived another class from the tapped one, which would be lost
+            if isinstance(module, _Tapped) and 'norm_cls' in vars(parametrize.type_before_parametrizations(module)):
+                norm_cls = module.norm_cls
+                change_class(module, lambda tapped_cls, norm_cls=norm_cls: norm_cls)
                 del module.tap, module.attention
 
 
