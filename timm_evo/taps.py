@@ -9,10 +9,13 @@ keeps the listener of the block that it runs to itself. Compiled code can't tell
 tap: where a whole model is compiled to one graph, that is plain data flow; blocks that are compiled take turns.
 """
 import functools
+import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,7 +138,18 @@ class Listener:
         self._attention = attention if self._attention is None else self._attention + attention
 
 
-_thread = threading.local()  # its `listener` is that of the block which this thread runs
+class _Thread(threading.local):
+    """What a thread runs.
+
+    Attributes:
+        listener: Who hears the block.
+        is_in_model: Whether it is in the forward pass of an evolved model.
+    """
+    listener: Listener | None = None
+    is_in_model = False
+
+
+_thread = _Thread()
 _turn = threading.RLock()  # of the threads that run a compiled block, from which a hook may call another model
 
 
@@ -178,10 +192,52 @@ def call_and_score(
     return x, listener.class_attention()
 
 
+class in_model:
+    """A `with` around the blocks of an evolved model, so that blocks that run outside are known."""
+
+    def __enter__(self) -> None:
+        self.before = _thread.is_in_model
+        _thread.is_in_model = True
+
+    def __exit__(self, *exception) -> None:
+        _thread.is_in_model = self.before
+
+
+def _warn_if_alone(attn: Any, caller: FrameType) -> None:
+    """Warn of a block that somebody calls in a loop of his own, which is as in the dense model then.
+
+    Args:
+        attn: The attention whose query norm was called.
+        caller: Who has called it. A graph that was traced from a whole model calls the norms of its attentions itself.
+    """
+    is_recomputed = torch._C._current_graph_task_id() != -1  # by a checkpoint, in the backward pass
+    if caller.f_locals.get('self') is attn and not is_recomputed and not _is_compiled_in_part(caller):
+        _warn_of_own_loop()
+
+
+def _is_compiled_in_part(frame: FrameType | None) -> bool:
+    """Whether it is called by a model after a break of its compiled graph, which has not passed `in_model`."""
+    while frame is not None:
+        if frame.f_globals.get('__name__') == f'{__package__}.token_evolution':
+            return True
+        frame = frame.f_back
+    return False
+
+
+@functools.cache  # once in a process
+def _warn_of_own_loop() -> None:
+    warnings.warn(
+        'A block of an evolved model was called outside of the forward pass of the model: so it computes what the '
+        "dense model does, for all tokens. Call the model, or its forward_features or forward_intermediates. "
+        'timm_evo.restore makes the model dense.',
+        stacklevel=5,
+    )
+
+
 @contextmanager
 def _listening(listener: Listener) -> Iterator[None]:
     """Listen on this thread, and in compiled blocks."""
-    before = getattr(_thread, 'listener', None)
+    before = _thread.listener
     _thread.listener = listener.tap.listener = listener
     try:
         yield
@@ -221,7 +277,7 @@ class _Tapped(nn.Module):
     def _listener(self) -> Listener | None:
         if torch.compiler.is_dynamo_compiling():
             return self.tap.listener
-        listener = getattr(_thread, 'listener', None)
+        listener = _thread.listener
         return listener if listener is not None and listener.tap is self.tap else None
 
     def _get_name(self) -> str:
@@ -235,6 +291,8 @@ class _TappedQuery(_Tapped):
         listener, attn = self._listener(), self.attention()
         if listener is not None and attn is not None:
             listener.hear_query(x, attn)
+        elif not torch.compiler.is_dynamo_compiling() and not _thread.is_in_model:
+            _warn_if_alone(attn, sys._getframe(1))
         return x
 
 

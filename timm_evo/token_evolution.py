@@ -259,10 +259,24 @@ class TokenEvolution(ClassAttentionBeside, Evolved, _Dense):
             Sequence after the last block, (B, P + N, C) or (B, num_read, C).
             Full sequence after each of the wanted blocks, (B, P + N, C) each.
         """
+        if torch.jit.is_scripting() or torch.compiler.is_dynamo_compiling():
+            return self._select_and_run_blocks(x, rope, grid_width, take_indices, stop, num_read)
+        with taps.in_model():
+            self._follow_count()
+            return self._select_and_run_blocks(x, rope, grid_width, take_indices, stop, num_read)
+
+    def _select_and_run_blocks(
+            self,
+            x: Tensor,
+            rope: Tensor | None,
+            grid_width: int | None,
+            take_indices: list[int],
+            stop: int | None,
+            num_read: int | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See `_forward_blocks`."""
         if self.averages:
             return self._forward_averages(x, rope, grid_width, take_indices, stop, num_read)
-        if not torch.jit.is_scripting():
-            self._follow_count()
         begins, keep_ratio, scored, tradeoff = self.schedule  # by position, because TorchScript forgets the names
         intermediates: list[Tensor] = []
         tokens = x  # what the next block sees
