@@ -2,6 +2,7 @@
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from timm_evo import EvoVisionTransformer, evolve
@@ -138,3 +139,39 @@ def test_a_refused_input_size_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match='keep_ratio=0.1 of 4 patch tokens'):
         model.set_input_size(img_size=32)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+
+
+class BlockWithoutMask(Block):
+    """As users have them who once copied timm's."""
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def test_a_block_that_takes_no_mask_cannot_count_tokens():
+    message = r"BlockWithoutMask .* its forward takes no attn_mask\..* selection='stage' or 'layer'"
+    small = dict(img_size=48, patch_size=8, embed_dim=48, num_heads=3, depth=6)
+    model = timm.create_model('vit_tiny_patch16_224', block_fn=BlockWithoutMask, **small)
+    with pytest.raises(TypeError, match=message):
+        evolve(model)
+    assert type(model) is timm.models.VisionTransformer
+    images = torch.randn(2, 3, 48, 48)
+    evolve(model, selection='stage')(images)
+    with pytest.raises(TypeError, match=message):
+        model.set_evolution(selection='similarity', stage_depth=None)
+    model(images)
+
+    model = evolve(timm.create_model('vit_tiny_patch16_224', **small))
+    model.blocks[4] = BlockWithoutMask(48, 3)
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        with pytest.raises(TypeError, match=message):
+            model(images)
+
+
+def test_an_error_within_a_block_is_its_own():
+    model = timm.create_model('evo_vit_tiny_patch16_224', img_size=48, patch_size=8, embed_dim=48, num_heads=3, depth=6)
+    model.blocks[4].mlp.forward = lambda x: x + 'text'
+    with pytest.raises(TypeError, match='unsupported operand'):
+        model(torch.randn(2, 3, 48, 48))

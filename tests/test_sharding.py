@@ -63,6 +63,8 @@ CASES = {
     'similarity, checkpointed by timm': ('similarity', 'by timm', 'not', 'FSDP2'),
     'similarity, compiled in place': ('similarity', 'not', 'in place', 'FSDP2'),
     'similarity, FSDP1': ('similarity', 'not', 'not', 'FSDP1'),
+    'similarity, norm and head in a group of their own': ('similarity', 'not', 'not', 'FSDP2, norm'),
+    'similarity, compiled whole, norm and head in a group of their own': ('similarity', 'not', 'whole', 'FSDP2, norm'),
     'layer, FSDP1, checkpointed by timm': ('layer', 'by timm', 'not', 'FSDP1'),
 }
 # One of those that compile is enough for every day.
@@ -162,6 +164,8 @@ def shard(model: nn.Module, sharded: str) -> nn.Module:
     if sharded != 'FSDP2, root':
         for block in model.blocks:
             fsdp.fully_shard(block, reshard_after_forward='kept' not in sharded)
+    if sharded == 'FSDP2, norm':
+        fsdp.fully_shard([model.norm, model.head])
     return fsdp.fully_shard(model)
 
 

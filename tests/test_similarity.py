@@ -115,19 +115,60 @@ def test_equal_patches_are_averaged_without_loss():
         torch.testing.assert_close(actual, dense, rtol=0, atol=1e-9)
 
 
-def test_a_norm_that_is_pruned_still_tells_who_is_alike():
-    whole = build(selection='similarity').eval()
+@pytest.mark.parametrize('fill', ['load', 'assign on the meta device', 'averaged', 'copied', 'at the creation'])
+def test_a_backbone_is_what_its_state_dict_says(fill, tmp_path):
+    """A backbone of `features_only=True` has no final norm, so no weight of it may decide which tokens are alike."""
+    small = dict(img_size=48, patch_size=8, embed_dim=48, num_heads=3, depth=6)
+    torch.manual_seed(0)
+    whole = timm.create_model('evo_vit_tiny_patch16_224', **small)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    torch.save(whole.state_dict(), tmp_path / 'whole.pth')
+    backbone = dict(small, features_only=True, out_indices=(1, 4))
+    filled = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'whole.pth'), num_classes=1000))
+    first = timm.create_model('evo_vit_tiny_patch16_224', **backbone, **filled).eval()
+    assert first.state_dict().keys() == timm.create_model('vit_tiny_patch16_224', **backbone).state_dict().keys()
+
+    if fill == 'load':
+        other = timm.create_model('evo_vit_tiny_patch16_224', **backbone)
+        other.load_state_dict(first.state_dict(), strict=True)
+    elif fill == 'assign on the meta device':
+        with torch.device('meta'):
+            other = timm.create_model('evo_vit_tiny_patch16_224', **backbone)
+        other.load_state_dict(first.state_dict(), strict=True, assign=True)
+    elif fill == 'averaged':
+        other = timm.utils.ModelEmaV3(timm.create_model('evo_vit_tiny_patch16_224', **backbone), decay=0.)
+        other.update(first)
+    elif fill == 'copied':
+        other = copy.deepcopy(first)
+    else:
+        other = timm.create_model('evo_vit_tiny_patch16_224', **backbone, **filled)
+    images = torch.randn(2, 3, 48, 48)
+    for actual, wanted in zip(other.eval()(images), first(images), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+
+
+def test_a_model_without_a_final_norm_compares_the_tokens_as_they_are():
+    model = build(selection='similarity').eval()
     images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
-    expected = whole.forward_intermediates(images, indices=[4], intermediates_only=True)
-    pruned = copy.deepcopy(whole)
-    pruned.prune_intermediate_layers([4], prune_norm=True)
-    names = [*pruned.state_dict(), *dict(pruned.named_parameters())]
-    assert not any('norm.' in name for name in names if 'blocks' not in name)
-    actual = pruned.forward_intermediates(images, indices=[4], intermediates_only=True)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-    scripted = torch.jit.script(pruned)
-    torch.testing.assert_close(scripted(images), pruned(images), rtol=0, atol=1e-9)
-    assert not hasattr(timm_evo.restore(pruned), '_pruned_norm')
+    model.prune_intermediate_layers([4], prune_norm=True)
+    expected = average_slowly(model, images, model.schedule.keep_ratio)
+    assert_equal_after_every_block(model, images, expected, 'pruned')
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(images), model(images), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('size, keep_ratio', [
+    ((4, 8), 0.7), ((12, 4), 0.3), ((12, 12), [0.5, 0.25, 0.125, 0.12, 0.12]), ((4, 12), 0.9)])
+@torch.no_grad()
+def test_a_grid_of_a_few_patches_goes_down_to_one(size, keep_ratio):
+    model = build(img_size=size, depth=6, selection='similarity', keep_ratio=keep_ratio).eval()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    expected = average_slowly(model, images, model.schedule.keep_ratio)
+    assert_equal_after_every_block(model, images, expected, str(keep_ratio))
+    for selection in timm_evo.trace(model, images):
+        assert selection.follows.shape[1:] == model.patch_embed.grid_size
 
 
 @pytest.mark.parametrize('value', [0., -1.])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
 
+import timm_evo
 from timm_evo import EvoVisionTransformer, evolve, restore, taps
 
 BLOCKS = {
@@ -37,7 +38,8 @@ def images(batch_size: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def nothing_is_left(model: EvoVisionTransformer) -> bool:
-    return getattr(taps._thread, 'listener', None) is None and all(tap.listener is None for tap in model._taps)
+    thread = taps._thread
+    return thread.listener is None and not thread.is_in_model and all(tap.listener is None for tap in model._taps)
 
 
 # Every kind of block
@@ -270,12 +272,12 @@ def gradients(model: EvoVisionTransformer, forward=None) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize('kind', ['class token', 'qk norm, no class token'])
+@pytest.mark.parametrize('kind', ['class token', 'qk norm, no class token', 'similarity'])
 @pytest.mark.parametrize('how', [
     'by timm', 'by timm, reentrant', 'by a wrapper', 'by a wrapper, reentrant',
     pytest.param('compiled', marks=pytest.mark.slow)])
 def test_gradients_are_those_without_checkpointing(kind, how, monkeypatch):
-    model = build(**LAYERWISE, **KINDS[kind])
+    model = build(selection='similarity') if kind == 'similarity' else build(**LAYERWISE, **KINDS[kind])
     expected = gradients(model)
     forward = None
     if 'timm' in how or how == 'compiled':
@@ -283,9 +285,7 @@ def test_gradients_are_those_without_checkpointing(kind, how, monkeypatch):
     if how == 'by timm, reentrant':
         monkeypatch.setattr('timm.models._manipulate.use_reentrant_ckpt', lambda: True)
     if 'wrapper' in how:
-        for i, block in enumerate(model.blocks):
-            implementation = dict(checkpoint_impl=_reentrant()) if 'reentrant' in how else {}
-            model.blocks[i] = checkpoint_wrapper(block, **implementation)
+        wrap_for_checkpointing(model, **(dict(checkpoint_impl=_reentrant()) if 'reentrant' in how else {}))
     if how == 'compiled':
         torch._dynamo.reset()
         forward = torch.compile(model, backend='aot_eager', fullgraph=True)
@@ -409,3 +409,71 @@ def test_a_hook_in_a_compiled_block_may_call_another_model():
         with ThreadPoolExecutor(2) as pool:
             for logits in pool.map(model, [images()] * 2, timeout=120):
                 torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+# Blocks that run outside of the model
+
+
+@pytest.fixture
+def alone():
+    """How often it was warned of a block that somebody else calls."""
+    taps._warn_of_own_loop.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        yield lambda: sum('outside of the forward pass' in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize('kind', ['class token', 'parallel branches', 'similarity', 'rotations'])
+def test_a_loop_of_the_user_over_the_blocks_is_warned_of_once(kind, alone):
+    model = build_any(kind)
+    x, rope = model._embed(images())
+    assert alone() == 0
+    for _ in range(2):
+        for block in model.blocks:
+            x = block(x) if rope is None else block(x, rope=rope)
+    assert alone() == 1
+
+
+def build_any(kind: str):
+    if kind == 'rotations':
+        return evolve(timm.create_model(
+            'eva02_tiny_patch14_224', img_size=24, patch_size=4, embed_dim=48, depth=4, num_heads=3).double())
+    kinds = BLOCKS | KINDS | {'similarity': dict(selection='similarity')}
+    return build(**kinds[kind])
+
+
+@pytest.mark.parametrize('use', [
+    lambda model: model(images()),
+    lambda model: model.forward_intermediates(images(), stop_early=True, indices=[1]),
+    lambda model: [model(images()) for _ in range(2) if model.blocks.register_forward_hook(lambda *args: None)],
+    lambda model: gradients(model),
+    lambda model: (model.set_grad_checkpointing(), gradients(model)),
+    lambda model: (wrap_for_checkpointing(model), gradients(model)),
+    lambda model: (wrap_for_checkpointing(model, checkpoint_impl=_reentrant()), gradients(model)),
+    lambda model: torch.fx.symbolic_trace(model, concrete_args=dict(attn_mask=None, is_causal=False))(images()),
+    lambda model: torch.jit.trace(model, images(), check_trace=False)(images()),
+    lambda model: torch.compile(model, backend='aot_eager')(images()),
+    lambda model: compile_blocks(model)(images()),
+    lambda model: (break_graphs(model), torch.compile(model, backend='aot_eager')(images())),
+    lambda model: copy.deepcopy(model)(images()),
+    lambda model: timm_evo.trace(model, images()),
+    lambda model: restore(model)(images()),
+], ids=[
+    'forward', 'intermediates', 'hooks on blocks', 'backward', 'checkpointed', 'wrapped', 'wrapped, reentrant', 'fx',
+    'traced', 'compiled', 'compiled blocks', 'broken graphs', 'copied', 'looked at', 'restored'])
+@pytest.mark.parametrize('selection', ['similarity', 'layer'])
+def test_the_model_itself_is_not_warned_of(selection, use, alone):
+    torch._dynamo.reset()
+    model = build(selection=selection)
+    use(model)
+    assert alone() == 0
+
+
+def wrap_for_checkpointing(model, **options) -> None:
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = checkpoint_wrapper(block, **options)
+
+
+def break_graphs(model) -> None:
+    for block in model.blocks:
+        block.attn.qkv.register_forward_pre_hook(lambda *args: torch._dynamo.graph_break())

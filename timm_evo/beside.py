@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import evolution
 
-__all__ = ['ClassAttentionBeside', 'is_sharded']
+__all__ = ['ClassAttentionBeside', 'is_sharded', 'is_sharded_weight']
 
 
 def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
@@ -28,9 +28,14 @@ def _by_heads(query: Tensor, key: Tensor, num_heads: int) -> tuple[Tensor, Tenso
     return query.transpose(1, 2), key.transpose(1, 2)
 
 
-def is_sharded(block: nn.Module) -> bool:
-    """Whether the weights of a block are whole only while it is called, as with FSDP2."""
-    return hasattr(next(block.parameters()), 'device_mesh')
+def is_sharded(module: nn.Module) -> bool:
+    """Whether the weights of a module are whole only while it is called, as with FSDP2."""
+    return is_sharded_weight(next(module.parameters(), None))
+
+
+def is_sharded_weight(weight: Any) -> bool:
+    """Whether a weight is a `DTensor`, whose module is not imported to know it."""
+    return hasattr(weight, 'device_mesh')
 
 
 class ClassAttentionBeside:

@@ -61,6 +61,9 @@ def match_tokens(
     """
     num_present = features.shape[1] - num_prefix_tokens
     num_left = count_slow(share, num_patches)
+    if num_present == 1:  # a grid of so few patches that there is no other to go into
+        nowhere = torch.zeros(features.shape[0], 0, dtype=torch.int64, device=features.device)
+        return nowhere, nowhere
     features = features if features.dtype == torch.float64 else features.float()
     features = F.normalize(features[:, num_prefix_tokens:], dim=2)
     source, target = _places(num_present, width, features.device)

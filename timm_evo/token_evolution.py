@@ -4,9 +4,10 @@
 `VisionTransformer` and `Eva` have in common when they evolve: blocks, embeddings, heads and weights are timm's, used as
 they are; what changes is which tokens go through a block.
 """
-import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,11 @@ from timm.layers import to_2tuple
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from . import evolution, short_block, similarity, taps
 from .arguments import split_arguments
-from .beside import ClassAttentionBeside, is_sharded
+from .beside import ClassAttentionBeside, is_sharded, is_sharded_weight
 from .evolved_model import Evolved, attribute_names, combined_class
 from .schedule import (
     check_flag,
@@ -42,14 +44,39 @@ else:
     _Dense = object
 
 
-def _without_weights(module: nn.Module) -> nn.Module:
-    """A copy of a module that computes the same and trains, saves and loads nothing."""
-    module = copy.deepcopy(module)
-    for part in module.modules():
-        for name, weight in list(part.named_parameters(recurse=False)):
-            delattr(part, name)
-            part.register_buffer(name, weight.detach(), persistent=False)
-    return module
+def _is_sharded_norm(norm: nn.Module) -> bool:
+    # not `is_sharded`, which takes longer, and this is asked at every selection
+    return is_sharded_weight(getattr(norm, 'weight', None))
+
+
+class _Norms(nn.Module):
+    """The norms before a head, one after the other, past the hooks on them."""
+
+    def __init__(self, norm: nn.Module, fc_norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.fc_norm = fc_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc_norm.forward(self.norm.forward(x))
+
+
+def _call_by_name(block: nn.Module, names: tuple[str, ...], x: Tensor, *values: Tensor) -> Tensor:
+    """Call a block with the tokens and, by these names, these values."""
+    return block(x, **dict(zip(names, values, strict=True)))
+
+
+def _check_takes_mask(block: nn.Module) -> None:
+    """Refuse a block that cannot be told how many tokens each one counts, which selection by similarity needs.
+
+    Raises:
+        TypeError: Its forward takes no `attn_mask`.
+    """
+    parameters = inspect.signature(block.forward).parameters
+    if 'attn_mask' not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(
+            f"{type(block).__name__} is not allowed as a block with selection='similarity', its forward takes no "
+            "attn_mask. Let it take one, as timm's blocks do, or use selection='stage' or 'layer'.")
 
 
 def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -142,6 +169,8 @@ class TokenEvolution(ClassAttentionBeside, Evolved, _Dense):
         check_flag('fast_update', fast_update)
         check_layerwise_updates(layerwise_updates, selection)
         if selection == 'similarity':
+            for block in self.blocks:
+                _check_takes_mask(block)
             check_similarity(
                 stage_depth=stage_depth, tradeoff=tradeoff, fast_update=None if fast_update else fast_update)
             schedule = make_similarity_schedule(self._depth, keep_ratio, start_block)
@@ -186,12 +215,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved, _Dense):
             prune_head: bool = True,
     ) -> list[int]:
         """Prune layers not required for specified intermediates, as timm's."""
-        norms = [norm for norm in (self.norm, self.fc_norm) if not isinstance(norm, nn.Identity)]
         take_indices = super().prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
-        pruned = [norm for norm in norms if norm not in (self.norm, self.fc_norm)]
-        if pruned:
-            self._pruned_norm = _without_weights(pruned[0])  # still tells which tokens are alike
-            self._added |= {'_pruned_norm'}
         self._cut_schedule(len(self.blocks))
         return take_indices
 
@@ -376,7 +400,15 @@ class TokenEvolution(ClassAttentionBeside, Evolved, _Dense):
         """Call a block with no more than it needs, as blocks of a user may know nothing of rotations or masks."""
         arguments: dict[str, Any] = {'rope': rotation, 'attn_mask': attn_mask}
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        return checkpoint(block, x, **arguments) if self.grad_checkpointing else block(x, **arguments)
+        try:
+            if not self.grad_checkpointing:
+                return block(x, **arguments)
+            # by position, because a reentrant checkpoint takes no names
+            return checkpoint(partial(_call_by_name, block, tuple(arguments)), x, *arguments.values())
+        except TypeError:
+            if attn_mask is not None:  # it may have been put in after the model was evolved
+                _check_takes_mask(block)
+            raise
 
     def _begin_segment(
             self,
@@ -403,12 +435,25 @@ class TokenEvolution(ClassAttentionBeside, Evolved, _Dense):
             grid_width if size is None else None)
 
     def _likeness_features(self, x: Tensor) -> Tensor:
-        """What tells which tokens are alike: the tokens as the head would see them, (B, L, C)."""
+        """What tells which tokens are alike: the tokens as the head would see them, (B, L, C).
+
+        A model without a final norm, such as one of `features_only=True`, compares the tokens as they are.
+        """
         with torch.no_grad():  # positions come of it, which have no gradient
-            if hasattr(self, '_pruned_norm'):
-                return self._pruned_norm(x)
+            if not torch.jit.is_scripting():
+                if _is_sharded_norm(self.norm) or _is_sharded_norm(self.fc_norm):
+                    return self._gathered_likeness_features(x)
             # not by a call, which hooks on the norm would take for that of the final tokens
             return self.fc_norm.forward(self.norm.forward(x))
+
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
+    def _gathered_likeness_features(self, x: Tensor) -> Tensor:
+        """See `_likeness_features`, for norms whose weights are whole only while they are called."""
+        norms = _Norms(self.norm, self.fc_norm)
+        weights = {
+            name: weight.full_tensor().to(x)  # pyright: ignore[reportAttributeAccessIssue]  # a DTensor
+            for name, weight in norms.named_parameters() if is_sharded_weight(weight)}
+        return functional_call(norms, weights, x)
 
     def _give_back(self, x: Tensor, handed_over: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """All tokens (B, P + N, C), from those that are left (B, L, C) back through every time that some went."""
