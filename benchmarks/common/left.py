@@ -49,9 +49,11 @@ class Features:
     def __len__(self) -> int:
         return -(-len(self.photos) // self.batch_size)
 
-    def _batches(self) -> Iterator[Tensor]:
-        for photos in self.photos.split(self.batch_size):
-            yield (photos.to(self.device) / 255 - self.mean) / self.std
+    def batches(self, noise: Tensor | None = None) -> Iterator[Tensor]:
+        """Photos as models take them (B, 3, H, W), with noise in grey levels (N, 3, H, W) added, if any is given."""
+        photos = self.photos if noise is None else (self.photos + noise).clamp(0, 255)
+        for part in photos.split(self.batch_size):
+            yield (part.to(self.device) / 255 - self.mean) / self.std
 
     def _map(self, tokens: Tensor) -> Tensor:
         maps = self.decoder(tokens, self.photos.shape[2]).flatten(1)
@@ -61,7 +63,7 @@ class Features:
     def measure_dense(self, report: Callable[[], None]) -> dict[str, float]:
         """Keep what other models are compared with; that of the dense one itself is all left."""
         class_tokens, self.patch_tokens, self.maps = [], [], []
-        for images in self._batches():
+        for images in self.batches():
             tokens = self.dense.forward_features(images)
             class_tokens.append(self.dense.forward_head(tokens))
             self.patch_tokens.append(tokens[:, self.dense.num_prefix_tokens:])
@@ -89,7 +91,7 @@ class Features:
             report: Called after each batch.
         """
         class_tokens, likeness, correlation = [], [], []
-        for images, dense_tokens, dense_map in zip(self._batches(), self.patch_tokens, self.maps, strict=True):
+        for images, dense_tokens, dense_map in zip(self.batches(), self.patch_tokens, self.maps, strict=True):
             class_tokens.append(model(images))
             if has_grid:
                 tokens = model.forward_features(images)[:, -dense_tokens.shape[1]:]
