@@ -12,6 +12,7 @@ from torch import nn
 
 from .arguments import argument_names, nearest, plain, refuse_unknown
 from .layer_to_stage import LayerToStage
+from .torch_private import own_names
 
 __all__ = [
     'Evolved', 'architecture', 'attribute_names', 'combined_class', 'dense_class', 'evaluating', 'find_evolved',
@@ -140,7 +141,7 @@ class Evolved(LayerToStage):
 
 def attribute_names(model: nn.Module) -> frozenset[str]:
     """Names of all that a module has of its own."""
-    return frozenset([*vars(model), *model._modules, *model._buffers, *model._parameters])
+    return frozenset([*vars(model), *own_names(model)])
 
 
 def architecture(model: nn.Module) -> str:

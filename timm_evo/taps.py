@@ -28,6 +28,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from . import evolution
+from .torch_private import children, is_compiled
 
 __all__ = ['Tap', 'check_block', 'call_and_score']
 
@@ -188,9 +189,9 @@ def _listening(listener: Listener) -> Iterator[None]:
 
 def _holds_compiled(module: nn.Module) -> bool:
     """Whether compiled code may run within a call of the module; an own `forward` may be compiled."""
-    if module._compiled_call_impl is not None or '_orig_mod' in module._modules or 'forward' in module.__dict__:
+    if is_compiled(module) or 'forward' in module.__dict__:
         return True
-    return any(child is not None and _holds_compiled(child) for child in module._modules.values())
+    return any(_holds_compiled(child) for child in children(module))
 
 
 class _Tapped(nn.Module):
