@@ -4,19 +4,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Models are small, so a core each is faster than all cores for one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 # In their own order: by default files of few tests come last, and the few of test_export.py take the longest.
 BY_FILE := --dist loadfile --no-loadscope-reorder --durations 15
-# the oldest timm of the range in setup.cfg
-OLDEST_TIMM := 1.0.22
+# the oldest timm of the range, which setup.cfg says
+OLDEST_TIMM := $(shell sed -n 's/^ *timm>=//p' setup.cfg)
 OLDEST_TESTS := faithful method similarity eva taps short_block levit every_vit timm_api errors hub convert
+# what `make tests-torch` runs the tests with: a release such as 2.8.0, or the newest that goes with the other
+TORCH ?= newest
+TIMM ?= newest
+TORCH_VENV := $(VENV)/torch-$(TORCH)-timm-$(TIMM)
+# what pip is to install: name of the package, release
+pin = $1$(addprefix ==,$(filter-out newest,$2))
 # the models that `make timm-suite` runs timm's own tests over, and those of `make test`
 MODELS ?= evo_* aimv2_* beit3_* deit* eva_* eva02_* flexivit_* levit_128s levit_128 levit_192 levit_256 levit_384 test_vit* vit_*
 FEW_MODELS := evo_test_vit evo_test_vit2 evo_test_vit3 evo_vit_xsmall_patch16_clip_224 evo_vit_tiny_r_s16_p8_224 \
 	evo_eva02_tiny_patch14_224 evo_deit3_small_patch16_224 evo_deit_tiny_patch16_224 \
 	evo_deit_tiny_distilled_patch16_224 evo_levit_128s evo_levit_cls_128s
 
-.PHONY: demo docs test lint tests tests-slow tests-oldest-timm timm-suite few-of-timm-suite clean
+.PHONY: demo docs test lint tests tests-slow tests-oldest-timm tests-torch timm-suite few-of-timm-suite clean
 
 demo: $(VENV)/ready-for-demo
 	$(BIN)/python examples/digits.py
@@ -42,6 +48,11 @@ tests-slow: $(VENV)/ready
 # and so is what hardly depends on timm.
 tests-oldest-timm: $(VENV)/timm-$(OLDEST_TIMM)
 	PYTHONPATH=$< $(PYTEST) $(BY_FILE) -k 'not compile and not threads' $(OLDEST_TESTS:%=tests/test_%.py)
+
+# All tests that another torch and another timm can run, in an environment of their own, which takes some 7 GB.
+tests-torch: BIN := $(TORCH_VENV)/bin
+tests-torch: $(TORCH_VENV)/ready
+	$(PYTEST) $(BY_FILE) tests
 
 few-of-timm-suite: MODELS := $(FEW_MODELS)
 few-of-timm-suite: SUITE := $(PYTEST)
@@ -70,6 +81,13 @@ $(VENV)/ready-for-docs: $(VENV)/ready
 
 $(VENV)/timm-$(OLDEST_TIMM): $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ timm==$(OLDEST_TIMM)
+	touch $@
+
+# One call, in which pip finds the torchvision that goes with the torch.
+$(TORCH_VENV)/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(call pin,torch,$(TORCH)) torchvision $(call pin,timm,$(TIMM)) \
+		--editable '.[demo,test]'
 	touch $@
 
 # timm's tests are in its source distribution, not in its wheel.

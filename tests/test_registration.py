@@ -2,10 +2,12 @@
 
 Every case is a fresh process, because registration happens once in a process.
 """
+import configparser
 import itertools
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +18,9 @@ from pathlib import Path
 
 import pytest
 import timm
+import yaml
+
+from timm_evo.registry import TIMM_MIN_VERSION
 
 ROOT = Path(__file__).parents[1]
 SOME_NAMES = [
@@ -227,6 +232,58 @@ def write_files(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(text)
 
 
+# The range of versions: setup.cfg says it, and whatever repeats it agrees
+
+
+def oldest_versions() -> dict[str, str]:
+    """Of Python, torch and timm, as setup.cfg has them."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / 'setup.cfg')
+    options = config['options']
+    requirements = [f'Python{options["python_requires"]}', *options['install_requires'].split()]
+    return dict(found.groups() for requirement in requirements
+                if (found := re.fullmatch(r'(Python|torch|timm)>=([\d.]+)', requirement)))
+
+
+@pytest.mark.parametrize('file', ['README.md', 'CHANGELOG.md', 'docs/quickstart.md', 'CONTRIBUTING.md'])
+def test_a_page_that_says_the_range_says_that_of_setup_cfg(file):
+    lines = [line for line in (ROOT / file).read_text().splitlines() if 'or newer' in line]
+    stated = dict(re.findall(r'(Python|torch|timm) (\d[\d.]*\d)', '\n'.join(lines)))
+    oldest = oldest_versions()
+    assert stated == ({'Python': oldest['Python']} if file == 'CONTRIBUTING.md' else oldest)
+
+
+def test_the_code_and_the_tools_take_the_range_of_setup_cfg():
+    oldest = oldest_versions()
+    assert TIMM_MIN_VERSION == oldest['timm']
+    tools = (ROOT / 'pyproject.toml').read_text()
+    assert f'pythonVersion = "{oldest["Python"]}"' in tools
+    assert f'target-version = "py{oldest["Python"].replace(".", "")}"' in tools
+
+
+@pytest.mark.skipif(not shutil.which('make'), reason='there is no make')
+def test_make_takes_the_oldest_timm_of_the_range_or_the_versions_that_it_is_told():
+    def commands(*args: str) -> str:
+        result = subprocess.run(['make', '-nB', *args], cwd=ROOT, capture_output=True, text=True, check=True)
+        return result.stdout
+
+    assert f' timm=={oldest_versions()["timm"]}\n' in commands('tests-oldest-timm')
+    assert 'install --quiet torch==2.8.0 torchvision timm==1.0.26 ' in commands(
+        'tests-torch', 'TORCH=2.8.0', 'TIMM=1.0.26')
+    assert 'install --quiet torch torchvision timm ' in commands('tests-torch', 'TORCH=newest', 'TIMM=newest')
+
+
+def test_continuous_integration_begins_at_the_oldest_versions():
+    workflow = ROOT / '.github' / 'workflows' / 'test.yml'
+    if not workflow.exists():
+        pytest.skip('a source distribution has no workflows')
+    oldest, jobs = oldest_versions(), yaml.safe_load(workflow.read_text())['jobs']
+    assert jobs['test']['strategy']['matrix']['python-version'][0] == oldest['Python']
+    matrix = jobs['versions']['strategy']['matrix']
+    assert matrix['torch'][0].startswith(f'{oldest["torch"]}.') and matrix['timm'][0] == oldest['timm']
+    assert matrix['torch'][-1] == matrix['timm'][-1] == 'newest'
+
+
 # What is published
 
 
@@ -271,6 +328,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert re.search(r'^License(-Expression)?: Apache-2.0$', text['METADATA'], flags=re.M)
     assert re.search(r'^Author: timm-evo contributors$', text['METADATA'], flags=re.M)
     assert 'licenses/LICENSE' in text
+    for name, version in oldest_versions().items():
+        requirement = 'Requires-Python: ' if name == 'Python' else f'Requires-Dist: {name}'
+        assert f'{requirement}>={version}\n' in text['METADATA']
 
 
 def test_the_wheel_registers_the_models(wheel, tmp_path):

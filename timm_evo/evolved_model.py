@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from .arguments import argument_names, nearest, plain, refuse_unknown
 from .layer_to_stage import LayerToStage
+from .torch_private import own_names
 
 __all__ = [
     'Evolved', 'architecture', 'attribute_names', 'change_class', 'combined_class', 'dense_class', 'evaluating',
@@ -141,7 +142,7 @@ class Evolved(LayerToStage):
 
 def attribute_names(model: nn.Module) -> frozenset[str]:
     """Names of all that a module has of its own."""
-    return frozenset([*vars(model), *model._modules, *model._buffers, *model._parameters])
+    return frozenset([*vars(model), *own_names(model)])
 
 
 def architecture(model: nn.Module) -> str:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .schedule import Schedule, cut_schedule, make_layerwise
+from .torch_private import children, num_writes, own_parameters, share_buffers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -105,8 +106,7 @@ def _end_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 def _weights(module: nn.Module) -> set[int]:
     """`id` of each parameter. Unlike `module.parameters()` it works while another thread adds to the module."""
-    weights = set(map(id, list(module._parameters.values())))
-    return weights.union(*(_weights(child) for child in list(module._modules.values()) if child is not None))
+    return set(map(id, own_parameters(module))).union(*map(_weights, children(module)))
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:
@@ -116,11 +116,8 @@ def _is_skipped(optimizer: Optimizer) -> bool:
 
 
 def _state_of(tensor: Tensor) -> tuple[int, int] | None:
-    """What changes when the tensor is written to or replaced. None for a tensor of inference mode, which does not tell.
-
-    `_version` is how often PyTorch has written to a tensor in place.
-    """
-    return None if tensor.is_inference() else (id(tensor), tensor._version)
+    """What changes when the tensor is written to or replaced; None for one of inference mode, which does not tell."""
+    return None if tensor.is_inference() else (id(tensor), num_writes(tensor))
 
 
 def _is_exporting() -> bool:
@@ -165,7 +162,7 @@ class LayerToStage(_Module):
     def _start_counting(self) -> None:
         with _hooks_lock:  # a cached function may run in two threads at once
             _watch_optimizers()
-        shared = (count for model, count in _counting_models() if model._buffers is self._buffers)
+        shared = (count for model, count in _counting_models() if share_buffers(model, self))
         self._count = _counts[self] = next(shared, self._count)
 
     def _stop_counting(self) -> None:
@@ -175,7 +172,7 @@ class LayerToStage(_Module):
 
     def _sharing_models(self) -> set['LayerToStage']:
         """This model, and its shallow copies that count: they have the same buffers, also after `.to`."""
-        return {self, *(model for model, _ in _counting_models() if model._buffers is self._buffers)}
+        return {self, *(model for model, _ in _counting_models() if share_buffers(model, self))}
 
     def _set_schedule(self, schedule: Schedule) -> None:
         """Take a schedule, for a model that hands its parts on to extend."""

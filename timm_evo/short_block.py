@@ -15,23 +15,22 @@ from timm.layers import AttentionRope
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import evolution
+from .torch_private import children, has_global_hooks, has_hooks, is_compiled
 
-__all__ = ['can_be_short', 'forward_first', 'has_hooks']
+__all__ = ['can_be_short', 'forward_first']
 
 # A layer of another origin may need all tokens: an adapter, one that is quantized, or somebody's own.
 _KNOWN_ORIGINS = ('timm.', 'torch.nn.modules.')
 
 
-@torch.compiler.assume_constant_result  # what is compiled does not see hooks that come later, as everywhere
 def can_be_short(model: Any) -> bool:
     """Whether `forward_first` may take the place of the last block of a model, and nobody can tell."""
     block = model.blocks[-1]
     return (
         (_is_known_block(block) or _is_known_eva_block(block))
-        and not _has_any_global_hook()
+        and not has_global_hooks()
         and not _is_watched(model.blocks)
         and _is_plain(model.norm)
         and _is_plain(block)
@@ -76,24 +75,20 @@ def _has_own_methods(model: nn.Module) -> bool:
     )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether there are hooks on the module itself."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
 def _is_watched(module: nn.Module) -> bool:
     """Whether anything but the class of the module says what happens when it is called."""
-    return has_hooks(module) or module._compiled_call_impl is not None or 'forward' in module.__dict__
+    return has_hooks(module) or is_compiled(module) or 'forward' in module.__dict__
 
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module and those within are timm's or PyTorch's own, and nobody watches them."""
-    # the origin of the method, too, which may have been replaced in a class of timm
-    origins = type(module).__module__, type(module).forward.__module__
-    if _is_watched(module) or not all(origin.startswith(_KNOWN_ORIGINS) for origin in origins):
-        return False
-    return all(child is None or _is_plain(child) for child in module._modules.values())
+    cls = type(module)
+    return (
+        cls.__module__.startswith(_KNOWN_ORIGINS)
+        and cls.forward.__module__.startswith(_KNOWN_ORIGINS)  # which may have been replaced in a class of timm
+        and not _is_watched(module)
+        and all(map(_is_plain, children(module)))
+    )
 
 
 def forward_first(

@@ -33,6 +33,7 @@ from torch.nn.utils import parametrize
 
 from . import evolution
 from .evolved_model import change_class
+from .torch_private import children, is_compiled, is_in_backward
 
 __all__ = ['Tap', 'check_block', 'call_and_score']
 
@@ -210,7 +211,7 @@ def _warn_if_alone(attn: Any, caller: FrameType) -> None:
         attn: The attention whose query norm was called.
         caller: Who has called it. A graph that was traced from a whole model calls the norms of its attentions itself.
     """
-    is_recomputed = torch._C._current_graph_task_id() != -1  # by a checkpoint, in the backward pass
+    is_recomputed = is_in_backward()  # by a checkpoint
     if caller.f_locals.get('self') is attn and not is_recomputed and not _is_compiled_in_part(caller):
         _warn_of_own_loop()
 
@@ -247,9 +248,9 @@ def _listening(listener: Listener) -> Iterator[None]:
 
 def _holds_compiled(module: nn.Module) -> bool:
     """Whether compiled code may run within a call of the module; an own `forward` may be compiled."""
-    if module._compiled_call_impl is not None or '_orig_mod' in module._modules or 'forward' in module.__dict__:
+    if is_compiled(module) or 'forward' in module.__dict__:
         return True
-    return any(child is not None and _holds_compiled(child) for child in module._modules.values())
+    return any(_holds_compiled(child) for child in children(module))
 
 
 class _Tapped(nn.Module):

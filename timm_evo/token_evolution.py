@@ -504,6 +504,10 @@ class TokenEvolution(ClassAttentionBeside, Evolved, _Dense):
         """Number of tokens at the beginning of the sequence that the head reads, None if it may read any."""
         return None
 
+    @torch.compiler.assume_constant_result  # what is compiled does not see hooks that come later, as everywhere
+    def _can_be_short(self) -> bool:  # a method, because torch 2.8 to 2.11 let such a function take no module
+        return short_block.can_be_short(self)
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to logits, as timm's: `forward_features`, then `forward_head`.
 
@@ -523,7 +527,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved, _Dense):
         _refuse_mask(attn_mask, is_causal)
         if not torch.jit.is_scripting():  # TorchScript can't pass modules on, and symbolic tracing names every node
             num_read = self._num_read()
-            if num_read is not None and not isinstance(x, torch.fx.Proxy) and short_block.can_be_short(self):
+            if num_read is not None and not isinstance(x, torch.fx.Proxy) and self._can_be_short():
                 grid_width = self._grid_width(x)
                 x, rope = self._embed(x)
                 x, _ = self._forward_blocks(x, rope, grid_width, [], num_read=num_read)

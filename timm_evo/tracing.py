@@ -2,7 +2,6 @@
 
 The model runs as it is, as a shallow copy whose methods that select tokens are listened to.
 """
-import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from . import similarity
 from .evolved_model import Evolved, evaluating, find_evolved
 from .levit import LevitEvolution
+from .torch_private import shallow_copy
 
 __all__ = ['Selection', 'trace']
 
@@ -73,8 +73,7 @@ def trace(model: nn.Module, images: Tensor) -> list[Selection]:
 
 def _copy(module: Any, *listening_cls: type, **attributes) -> Any:
     """A shallow copy of a module, perhaps with a class before its own, which the original knows nothing of."""
-    module = copy.copy(module)
-    module._modules = module._modules.copy()
+    module = shallow_copy(module)
     module.__class__ = type(type(module).__name__, (*listening_cls, type(module)), {})
     vars(module).update(attributes)
     return module

@@ -7,10 +7,11 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from . import short_block, token_evolution
+from . import token_evolution
 from .class_head import ClassHead
 from .evolved_model import Evolved
 from .token_evolution import TokenEvolution
+from .torch_private import has_hooks
 
 __all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'VisionTransformerEvolution', 'evolved_class']
 
@@ -35,7 +36,7 @@ class VisionTransformerEvolution(TokenEvolution):
 
     def _forward_all_blocks(self, x: Tensor, rope: Tensor | None, grid_width: int | None) -> Tensor:
         if not torch.jit.is_scripting():
-            if short_block.has_hooks(self.blocks):
+            if has_hooks(self.blocks):
                 return self._call_blocks(x, grid_width)
         x, _ = self._forward_blocks(x, rope, grid_width, [])
         return x
