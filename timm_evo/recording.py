@@ -54,9 +54,13 @@ class Record:
 
     def __init__(self, num_prefix_tokens: int) -> None:
         self.num_prefix_tokens = num_prefix_tokens
+        self.running = False
+        self.forget()
+
+    def forget(self) -> None:
+        """As before the first pass."""
         self.grids: dict[int, tuple[int, int]] = {}
         self.steps: list[Step] = []
-        self.running = False
 
     def grid_of(self, length: int) -> tuple[int, int]:
         """The grid of whole sequences of a length P + N."""
@@ -118,12 +122,16 @@ def _named_as(cls: Any, listening_cls: Any) -> Any:
     """The listening class under the name of a module's own, which copies and files take in its place."""
     def reduce(self, protocol):
         function, args, *rest = cls.__reduce_ex__(self, protocol)
-        return function, tuple(cls if arg is listening_cls else arg for arg in args), *rest
+        return (_new, (cls,), *rest) if listening_cls in args else (function, args, *rest)
 
     for name in ('__name__', '__qualname__', '__module__'):
         setattr(listening_cls, name, getattr(cls, name))
     listening_cls.__reduce_ex__ = reduce
     return listening_cls
+
+
+def _new(cls: Any) -> Any:
+    return cls.__new__(cls)
 
 
 def _listening_vit(cls: Any, record: Record) -> Any:

@@ -31,7 +31,7 @@ def whole_grid(model: nn.Module) -> 'Iterator[WholeGrid]':
         model: An evolved model, or what wraps one. It is as it was afterwards.
 
     Yields:
-        What turns values of the tokens present into values of all. It stays of use after the `with`.
+        What turns values of the tokens present into values of all. Within the `with` alone.
 
     Raises:
         TypeError: There is no evolved model in it.
@@ -40,8 +40,11 @@ def whole_grid(model: nn.Module) -> 'Iterator[WholeGrid]':
     if found is None:
         raise TypeError(f'{type(model).__name__} has a whole grid everywhere, it is not evolved.')
     record = Record(found[1].num_prefix_tokens)
-    with recording(found[1], record):
-        yield WholeGrid(record)
+    try:
+        with recording(found[1], record):
+            yield WholeGrid(record)
+    finally:
+        record.forget()  # a hook that stays may see later passes, which nobody notes
 
 
 class WholeGrid:
@@ -77,7 +80,7 @@ class WholeGrid:
 
         Raises:
             ValueError: The last forward pass had no such tokens, or several selections of so many.
-            RuntimeError: There was no forward pass yet.
+            RuntimeError: There was no forward pass within the `with`, or that has ended.
         """
         step = self._find(x, block)
         return x if step is None else _spread(x, step, -2)
@@ -162,7 +165,8 @@ class WholeGrid:
                 f'x is a {type(x).__name__}, not a tensor. Of what a block of LeViT returns, take the first.')
         record = self._record
         if not record.grids:
-            raise RuntimeError('The model has not been run yet, so there is nothing that values could be from.')
+            raise RuntimeError(
+                'There is no forward pass to go by: the model has not run within the `with`, or that has ended.')
         if block is not None:
             step = self._step_before(block)
         else:
