@@ -18,23 +18,26 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
     from .tracing import Selection, trace
     from .vision_transformer import EvoVisionTransformer, EvoVisionTransformerDistilled
     from .visualization import visualize
+    from .watching import WholeGrid, whole_grid
 
 __version__ = '0.1.0'
 __all__ = [
-    'EvoEva', 'EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'Selection', 'checkpoints',
-    'count_gmacs', 'evolve', 'evolved', 'hub', 'restore', 'trace', 'visualize']
+    'EvoEva', 'EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'Selection', 'WholeGrid',
+    'checkpoints', 'count_gmacs', 'evolve', 'evolved', 'hub', 'restore', 'trace', 'visualize', 'whole_grid']
 _MODULES = {  # of the public names; the others are modules themselves
     'EvoEva': 'eva',
     'EvoLevit': 'levit',
     'EvoVisionTransformer': 'vision_transformer',
     'EvoVisionTransformerDistilled': 'vision_transformer',
     'Selection': 'tracing',
+    'WholeGrid': 'watching',
     'count_gmacs': 'cost',
     'evolve': 'instances',
     'evolved': 'instances',
     'restore': 'instances',
     'trace': 'tracing',
     'visualize': 'visualization',
+    'whole_grid': 'watching',
 }
 
 
