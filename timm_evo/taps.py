@@ -64,7 +64,7 @@ class Tap:
         tap = cls()
         for attn in attentions:
             for norm, tapped_cls in ((attn.q_norm, _TappedQuery), (attn.k_norm, _TappedKey)):
-                change_class(norm, functools.partial(_tapped_class, tapped_cls=tapped_cls))
+                change_class(norm, lambda norm_cls, tapped_cls=tapped_cls: _tapped_class(norm_cls, tapped_cls))
                 norm.tap, norm.attention = tap, weakref.ref(attn)
         return tap
 
