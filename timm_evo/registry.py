@@ -121,8 +121,17 @@ def _create(variant: str, dense: str, family: _Family, pretrained: bool = False,
         )
 
 
+def is_evolved(name: str) -> bool:
+    """Whether timm's model of this name, with a tag or without, is one of those that are registered here.
+
+    The prefix does not say so: other packages may register `evo_*`, too.
+    """
+    name = name.partition('.')[0]
+    return is_model(name) and model_entrypoint(name).__module__ == __name__
+
+
 def _register(variant: str, dense: str, family: _Family, cfgs: dict[str, PretrainedCfg], **defaults) -> None:
-    """Register `variant`, timm's `dense` model with token evolution.
+    """Register `variant`, timm's `dense` model with token evolution; a model that has the name already keeps it.
 
     Args:
         variant: Name of the evolved model.
@@ -131,6 +140,8 @@ def _register(variant: str, dense: str, family: _Family, cfgs: dict[str, Pretrai
         cfgs: Pretrained configurations by name and tag.
         **defaults: Arguments of the evolved model that differ from its class's own.
     """
+    if is_model(variant):
+        return
     default_cfgs.update(generate_default_cfgs({**cfgs}))
 
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
@@ -172,8 +183,7 @@ _VITS = [
 ]
 for _module, _wildcard, _family in _VITS:
     for _dense in list_models(_wildcard, module=_module, exclude_filters=_WITHOUT):
-        if not is_model(f'evo_{_dense}'):
-            _register_twin(_dense, _family)
+        _register_twin(_dense, _family)
 
 # The authors train DeiT-S at 384, too, which timm has no dense model of: no weights, and the input of DeiT-B at 384.
 _register('evo_deit_small_patch16_384', 'deit_small_patch16_224', _DEIT, {
