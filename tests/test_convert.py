@@ -195,6 +195,8 @@ def test_another_architecture(model, expected, deit, tmp_path):
     ('learn_tradeoff=True', 'has no argument learn_tradeoff. Its arguments are: '),
     ('num_heads=5', r'num_heads=5. AssertionError: \w+ should be divisible by num_heads'),
     ('num_heads=0', 'num_heads=0. ZeroDivisionError'),
+    ('num_heads=-3', 'num_heads=-3. RuntimeError'),  # which fails only when the model runs
+    ('img_size=0', 'cannot be used with img_size=0. '),
     ('global_pool=foo', "global_pool='foo'. AssertionError: .*avg.*map"),
     ('drop_rate=[0.5', r"drop_rate='\[0.5'. TypeError"),
     ('drop_rate=a=b', "drop_rate='a=b'. TypeError"),
@@ -233,7 +235,9 @@ def test_entries_that_are_missing_or_have_other_names(name, change, expected, tm
 
 @pytest.mark.parametrize('content, expected', [
     (None, 'There is no checkpoint'),
-    (b'', 'cannot be read'),
+    (b'', 'cannot be read as a checkpoint, it is damaged or another kind of file (EOFError).'),
+    (b'hello garbage', 'cannot be read as a checkpoint'),
+    (b'PK\5\6' + bytes(18), 'is no checkpoint'),  # an empty zip file
     (b'not a checkpoint at all', 'is no checkpoint'),
     ({'epoch': 3}, 'holds no state dict'),
     ({'model': {}}, 'holds no state dict'),

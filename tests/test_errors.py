@@ -1,7 +1,10 @@
 """Bad input is refused before any work, by a message that names the argument, the value and what is allowed."""
+import warnings
+
 import pytest
 import timm
 import torch
+from timm.models import _builder
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -175,3 +178,56 @@ def test_an_error_within_a_block_is_its_own():
     model.blocks[4].mlp.forward = lambda x: x + 'text'
     with pytest.raises(TypeError, match='unsupported operand'):
         model(torch.randn(2, 3, 48, 48))
+
+
+# Dense weights in a published selection
+
+
+@pytest.fixture
+def without_weights(monkeypatch):
+    """Weights count as loaded."""
+    monkeypatch.setattr(_builder, 'load_pretrained', lambda *args, **kwargs: None)
+
+
+SMALL = dict(embed_dim=24, depth=4, num_heads=2)
+
+
+@pytest.mark.parametrize('name, arguments', [
+    (NAME, dict()),
+    (f'{NAME}.fb_in1k', dict(selection='layer', keep_ratio=[1.0, 1.0, 0.6])),
+    ('evo_vit_tiny_patch16_224', dict(selection='stage')),
+    (NAME, dict(features_only=True)),
+    (NAME, dict(num_classes=10)),
+])
+def test_dense_weights_in_a_published_selection_are_warned_of(name, arguments, without_weights):
+    model_name = name.partition('.')[0]
+    with pytest.warns(UserWarning, match=f"{model_name} has timm's dense .* selection='similarity'") as caught:
+        timm.create_model(name, pretrained=True, **SMALL | arguments)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_it_is_warned_once_by_default(without_weights):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('default')
+        for _ in range(3):
+            timm.create_model(NAME, pretrained=True, **SMALL)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize('name, arguments', [
+    (NAME, dict(selection='similarity')),
+    ('evo_vit_tiny_patch16_224', dict()),
+    (NAME, dict(keep_ratio=1.0)),
+    (NAME, dict(pretrained=False)),
+    (NAME, dict(pretrained_cfg_overlay=dict(file='weights.safetensors'))),
+    (NAME, dict(pretrained_cfg_overlay=dict(state_dict={'head.bias': torch.zeros(1)}))),
+    (NAME, dict(pretrained_cfg_overlay=dict(hf_hub_id='somebody/evolved'))),
+    (NAME, dict(pretrained_cfg=dict(hf_hub_id='somebody/evolved', source='hf-hub', architecture=NAME))),
+    (NAME, dict(pretrained_cfg=dict(file='folder', source='local-dir', architecture=NAME))),
+    ('evo_levit_128s', dict()),  # similarity is not for it
+])
+def test_other_weights_or_selections_are_not_warned_of(name, arguments, without_weights):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        small = {} if 'levit' in name else SMALL
+        timm.create_model(name, **dict(pretrained=True) | small | arguments)

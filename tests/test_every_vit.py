@@ -349,6 +349,22 @@ def test_a_model_that_would_be_dense_again_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dense_model_is_not_saved_as_an_evolved_one(tmp_path):
+    dense, evolved = (timm.create_model(name, img_size=48) for name in ('test_vit', 'evo_test_vit'))
+    for model, message in {
+        dense: "VisionTransformer is not evolved. timm's save_for_hf and push_to_hf_hub write a dense model",
+        nn.Sequential(evolved): 'Sequential is not evolved, it has an evolved model as `.0`: take that',
+        torch.compile(evolved): 'OptimizedModule is not evolved, it has an evolved model as `._orig_mod`: take that',
+    }.items():
+        with pytest.raises(TypeError, match=message):
+            hub.save(model, tmp_path / 'model')
+        with pytest.raises(TypeError, match=message):
+            hub.push(model, 'somebody/model')
+        with pytest.raises(TypeError, match=message):
+            hub.model_card(model, 'name')
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_instance_that_evolve_has_made_is_saved_by_timm_as_dense(tmp_path):
     model = evolve(timm.create_model('test_vit'))
     skip_without_arguments(model)

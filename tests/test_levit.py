@@ -505,7 +505,7 @@ def test_other_refusals():
         restore(create('evo_levit_cls_128s'))
     with pytest.raises(ValueError, match='class_token=True is not allowed'):
         evolve(create('levit_128s'), class_token=True)
-    with pytest.raises(ValueError, match='use_conv=True is not allowed'):
+    with pytest.raises(ValueError, match=r'levit_conv_128s cannot be evolved, its projections .* levit_128s\.'):
         evolve(timm.create_model('levit_conv_128s'))
     with pytest.raises(ValueError, match='class_head=True is not allowed'):
         evolve(Levit(128, **SMALL), class_head=True)
@@ -553,7 +553,7 @@ def forget_biases(model: nn.Module) -> None:
     (dict(learn_tradeoff=True, fast_update=False), r'learn_tradeoff=True .* fast_update=False'),
     (dict(class_head=True), r'class_head=True .* class_token=True'),
     (dict(class_token='false'), r"class_token='false' .* True or False"),
-    (dict(use_conv=True), r'use_conv=True .* linear LeViT'),
+    (dict(use_conv=True), r'convolutions \(use_conv=True\), .* linear LeViT, levit_\*'),
     (dict(img_size=230), r'img_size=\(230, 230\) .* multiples of 16'),
     (dict(img_size=(224, 200)), r'img_size=\(224, 200\) .* multiples of 16'),
 ])

@@ -175,6 +175,65 @@ def test_torchrun_workers(tmp_path):
     assert len(re.findall(r'^[01] \[False', result.stdout, flags=re.M)) == 2
 
 
+# Another package has registered names that begin with evo_, too.
+TAKEN = ['evo_foo', 'evo_deit_tiny_patch16_224', 'evo_deit_small_patch16_384', 'evo_levit_128s', 'evo_levit_cls_128s']
+FOREIGN = f"""
+import timm
+from timm.models import VisionTransformer, build_model_with_cfg, register_model
+
+def entrypoint(name):
+    def create(pretrained=False, **kwargs):
+        small = dict(img_size=32, embed_dim=24, depth=4, num_heads=2)
+        return build_model_with_cfg(VisionTransformer, name, pretrained, **(small | kwargs))
+    create.__name__ = name
+    return create
+
+default_cfgs = {{name: dict(url='', input_size=(3, 32, 32), num_classes=1000) for name in {TAKEN}}}
+for name in {TAKEN}:
+    register_model(entrypoint(name))
+import timm_evo
+from timm_evo import building, checkpoints, hub, registry, summary
+"""
+
+
+def test_models_of_others_keep_their_names_and_are_not_taken_for_ours():
+    assert output(FOREIGN + f"""
+print([type(timm.create_model(name)).__name__ for name in {TAKEN}])
+print([registry.is_evolved(name) for name in {TAKEN}], set(registry.default_cfgs) & set({TAKEN}))
+print(registry.is_evolved('evo_levit_128'), registry.is_evolved('evo_test_vit.r160_in1k'), registry.is_evolved('vit'))
+print(len(timm.list_models('evo_*')))
+""", TORCH_DEVICE_BACKEND_AUTOLOAD='0').splitlines() == [
+        str(['VisionTransformer'] * 5), f'{[False] * 5} set()', 'True True False', str(len(NAMES) + 1)]
+
+
+def test_models_of_others_are_neither_described_nor_saved_as_ours(tmp_path):
+    assert output(FOREIGN + f"""
+def refused(function, *args, **kwargs):
+    try:
+        return function(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        return error
+
+print(refused(summary.summarise, 'evo_foo'))
+print(refused(summary.summarise, 'foo'))
+print(refused(summary.summarise, 'deit_tiny_patch16_224'))
+print(refused(hub.save, timm.create_model('evo_foo'), '{tmp_path}/model'))
+model = timm_evo.evolve(timm.create_model('evo_foo'))
+print(refused(hub.save, model, '{tmp_path}/model'))
+model.set_evolution(keep_ratio=0.7)
+print('keep_ratio' in getattr(model, '_model_args', {{}}))
+""", TORCH_DEVICE_BACKEND_AUTOLOAD='0').splitlines() == [
+        'evo_foo is not evolved.',
+        f"timm has no model foo. The {len(NAMES) - 4} evolved ones are in timm.list_models('evo_*').",
+        'deit_tiny_patch16_224 is not evolved.',
+        "VisionTransformer is not evolved. timm's save_for_hf and push_to_hf_hub write a dense model; an evolved one "
+        "is made by timm.create_model('evo_*').",
+        'A model that evolve has made of evo_foo would be loaded as dense as it was created. Restore it and save it as '
+        "evo_foo, by timm's save_for_hf or push_to_hf_hub.",
+        'False']
+    assert not list(tmp_path.iterdir())
+
+
 # Whatever goes wrong
 
 

@@ -6,7 +6,6 @@ import argparse
 import pathlib
 import pickle
 import re
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,15 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from . import levit, vision_transformer
 from .arguments import argument_names
+from .building import build
+from .errors import reason
+from .evolved_model import architecture
+from .registry import is_evolved
 
 # What training scripts keep beside the weights. Everything else but tensors and plain containers is refused.
 _HARMLESS_CLASSES = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]
@@ -98,30 +102,29 @@ def read_official(file: str | Path, use_ema: bool = False) -> dict[str, Tensor]:
         FileNotFoundError: There is no such file.
         ValueError: The file cannot be read, holds objects that are no weights, or no state dict.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f'There is no checkpoint {file}.')
-    try:
-        if file.suffix == '.safetensors':
-            content = load_file(file)
-        else:
-            with torch.serialization.safe_globals(_HARMLESS_CLASSES):
-                content = torch.load(file, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r'GLOBAL \S+', str(error))
-        raise ValueError(
-            f'{file} was refused, and nothing in it was run: it is no checkpoint, or holds other objects than weights'
-            f'{f" ({found[0]})" if found else ""}.') from error
-    except Exception as error:  # whatever a damaged file leads to
-        raise ValueError(f'{file} cannot be read as a checkpoint: {error}') from error
+    return _read(Path(file), ('model_ema', 'model') if use_ema else ('model', 'state_dict', 'model_ema'))
 
-    if isinstance(content, dict):
-        keys = ('model_ema', 'model') if use_ema else ('model', 'state_dict', 'model_ema')
-        content = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
-    if not isinstance(content, dict) or not content or not all(
-            isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        raise ValueError(f'{file} holds no state dict, neither bare nor as model or model_ema.')
-    return {name.removeprefix('module.'): value for name, value in content.items()}
+
+def load_weights(model: nn.Module, file: str | Path) -> None:
+    """Load a checkpoint file as timm writes it, averaged weights first as timm does, and run nothing that is in it.
+
+    Args:
+        model: The model to load it into.
+        file: What `torch.save` has written of a state dict, or of a dictionary that has one, as timm's scripts do; or a
+            safetensors file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read, holds objects that are no weights, or no weights of this model.
+    """
+    state_dict = _read(Path(file), ('state_dict_ema', 'model_ema', 'state_dict', 'model'))
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        some = list(_misfits(state_dict, model.state_dict()))
+        more = f'; and {len(some) - 3} more' if len(some) > 3 else ''
+        raise ValueError(
+            f'{file} does not fit {architecture(model)}: {"; ".join(some[:3]) or reason(error)}{more}.') from error
 
 
 def load_official(
@@ -171,6 +174,7 @@ def build_official(
     """
     family = _official_family(state_dict)
     models = timm.list_models(f'evo_{family.lower()}_*', exclude_filters='*_distilled_*')
+    models = [name for name in models if is_evolved(name)]
     if model_name.partition('.')[0] not in models:
         raise ValueError(
             f'The checkpoint is an official Evo-{family}, the model cannot be {model_name}. It can be one of: '
@@ -183,11 +187,7 @@ def build_official(
     head = state_dict.get(_HEADS[family])
     if head is not None and head.dim() == 2:
         all_kwargs.setdefault('num_classes', head.shape[0])
-    try:
-        model = timm.create_model(model_name, **all_kwargs).eval()
-    except Exception as error:  # timm checks few arguments, the others fail wherever they are used
-        given = ', '.join(f'{key}={value!r}' for key, value in model_kwargs.items())
-        raise ValueError(f'{model_name} cannot be built with {given}. {_reason(error)}') from error
+    model = build(model_name, model_kwargs, defaults=all_kwargs)
     converted = from_official(
         state_dict, class_head=False, learn_tradeoff=all_kwargs.get('learn_tradeoff', False))
     misfits = list(_misfits(converted, model.state_dict()))
@@ -197,9 +197,32 @@ def build_official(
     return model, all_kwargs
 
 
-def _reason(error: Exception) -> str:
-    """What an error says, or the line that raised it: an assertion without a message is its own best message."""
-    return f'{type(error).__name__}: {str(error) or traceback.extract_tb(error.__traceback__)[-1].line}'
+def _read(file: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
+    """The state dict that a file has at the first of these keys, or that it is; nothing in the file is run."""
+    if not file.is_file():
+        raise FileNotFoundError(f'There is no checkpoint {file}.')
+    try:
+        if file.suffix.lower() == '.safetensors':
+            content = load_file(file)
+        else:
+            with torch.serialization.safe_globals(_HARMLESS_CLASSES):
+                content = torch.load(file, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r'GLOBAL \S+', str(error))
+        raise ValueError(
+            f'{file} was refused, and nothing in it was run: it is no checkpoint, or holds other objects than weights'
+            f'{f" ({found[0]})" if found else ""}.') from error
+    except Exception as error:  # whatever a damaged file leads to
+        raise ValueError(
+            f'{file} cannot be read as a checkpoint, it is damaged or another kind of file ({reason(error, 120)}).'
+        ) from error
+
+    if isinstance(content, dict):
+        content = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
+    if not isinstance(content, dict) or not content or not all(
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        raise ValueError(f'{file} holds no state dict, neither bare nor as {" or ".join(keys)}.')
+    return clean_state_dict(content)
 
 
 def _misfits(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[str]:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 PICTURES = ('.png', '.pdf', '.svg')
+PAGE = '.html'
 
 
 def _convert(args: argparse.Namespace) -> None:
     from huggingface_hub.utils import tqdm
 
     from . import checkpoints, hub
+    from .errors import reason
 
     hub.check_free(args.output, args.force)  # before any work
     with tqdm(total=3 if args.push else 2, desc='load and convert', unit='step') as progress:
@@ -30,9 +32,8 @@ def _convert(args: argparse.Namespace) -> None:
             try:
                 hub.push(model, args.push, model_args=model_args)
             except Exception as error:  # whatever the libraries below raise without a connection or a token
-                raise RuntimeError(
-                    f'{args.output} was written, but not pushed to {args.push}. {type(error).__name__}: {error}'
-                ) from error
+                raise OSError(
+                    f'{args.output} was written, but not pushed to {args.push}. {reason(error)}') from error
             progress.update()
     print(f"timm.create_model('local-dir:{args.output}', pretrained=True)")
     if args.push:
@@ -46,29 +47,25 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _visualize(args: argparse.Namespace) -> None:
-    if args.output.suffix not in ('.html', *PICTURES):
-        raise ValueError(f'--output {args.output} is not allowed, it must end with .html or {", ".join(PICTURES)}.')
+    suffix = args.output.suffix.lower()
+    if suffix not in (PAGE, *PICTURES):
+        raise ValueError(f'--output {args.output} is not allowed, it must end with {PAGE} or {", ".join(PICTURES)}.')
     if not args.output.absolute().parent.is_dir():
         raise FileNotFoundError(f'--output {args.output}: there is no folder {args.output.parent}.')
-    if args.keep_ratios and args.output.suffix != '.html':
+    if args.output.is_dir():
+        raise IsADirectoryError(f'--output {args.output} is a folder.')
+    if args.keep_ratios and suffix != PAGE:
         raise ValueError(f'--keep-ratios is for a page, --output {args.output} is a picture of one keep ratio.')
 
-    import timm
-    from PIL import Image
-    from timm.models import load_checkpoint
+    from . import building, checkpoints, visualization
 
-    from . import summary, visualization
-
-    if args.output.suffix != '.html':
+    if suffix != PAGE:
         visualization.figure_class()  # before weights are loaded
-    if ':' not in args.model:  # as in hf-hub:user/name
-        summary.check_model(args.model)
-    with Image.open(args.image) as image:
-        image = image.convert('RGB')  # likewise
-    model = timm.create_model(args.model, pretrained=args.checkpoint is None, **dict(args.model_kwargs)).eval()
+    image = visualization.open_photo(args.image)  # likewise
+    model = building.build(args.model, dict(args.model_kwargs), pretrained=args.checkpoint is None)
     if args.checkpoint is not None:
-        load_checkpoint(model, str(args.checkpoint), weights_only=True)
-    if args.output.suffix == '.html':
+        checkpoints.load_weights(model, args.checkpoint)
+    if suffix == PAGE:
         keep_ratios = args.keep_ratios or visualization.KEEP_RATIOS
         visualization.write_page(args.output, image, model, keep_ratios)
     else:
@@ -83,7 +80,7 @@ def key_value(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f'{text!r} is not key=value')
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that it may raise
         return key, value
 
 
@@ -122,7 +119,7 @@ def _parse_args(args: list[str] | None) -> argparse.Namespace:
     visualize.add_argument(
         '--keep-ratios', nargs='+', type=float, metavar='RATIO', help='what a page offers (default: 0.3 0.5 0.7 0.9)')
     visualize.add_argument(
-        '--output', required=True, type=Path, metavar='FILE', help=f'.html for a page, or {", ".join(PICTURES)}')
+        '--output', required=True, type=Path, metavar='FILE', help=f'{PAGE} for a page, or {", ".join(PICTURES)}')
 
     convert = commands.add_parser(
         'convert',
@@ -145,11 +142,15 @@ def _parse_args(args: list[str] | None) -> argparse.Namespace:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the `timm-evo` command; an error that the user can mend ends it with one message."""
+    """Run the `timm-evo` command; an error that the user can mend ends it with one message.
+
+    What reads what the user gave (names, arguments, files) raises these, whatever the libraries below raise. Any other
+    error is a mistake of this package, whose traceback is needed to mend it.
+    """
     parsed = _parse_args(args)
     try:
         parsed.command(parsed)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f'timm-evo: {error}')
 
 

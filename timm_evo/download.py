@@ -17,6 +17,8 @@ from huggingface_hub.utils.sha import sha_fileobj
 from timm.models import PretrainedCfg
 from timm.models._hub import hf_split, load_state_dict_from_hf
 
+from .errors import reason
+
 
 @contextmanager
 def checked_weights(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> Iterator[None]:
@@ -48,7 +50,7 @@ def checked_weights(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | No
             raise  # it is about the model
         _refuse_damaged(failed, set(blobs.glob('*')))
         raise RuntimeError(
-            f'{failed} {type(error).__name__}: {error} Check the connection, and whether you have access to the '
+            f'{failed} {reason(error)} Check the connection, and whether you have access to the '
             'repository (`hf auth login`); what is in the cache is used without both.') from error
     _refuse_damaged(failed, set(blobs.glob('*')) - cached)
 

@@ -17,7 +17,7 @@ from .torch_private import own_names
 
 __all__ = [
     'Evolved', 'architecture', 'attribute_names', 'change_class', 'combined_class', 'dense_class', 'evaluating',
-    'find_evolved', 'input_size']
+    'find_evolved', 'input_size', 'is_created_evolved']
 
 UNCHANGED: Any = type('Unchanged', (), {'__repr__': lambda self: 'unchanged'})()  # None means an argument's default
 
@@ -88,7 +88,7 @@ class Evolved(LayerToStage):
         arguments = plain(arguments)
         self._set_evolution(**self.evolution | arguments)
         # where a newer timm notes what it saves a model with; one that `evolve` has made is saved as dense
-        if hasattr(self, '_model_args') and architecture(self).startswith('evo_'):
+        if hasattr(self, '_model_args') and is_created_evolved(self):
             self._model_args = self._model_args | arguments
 
     @classmethod
@@ -148,6 +148,11 @@ def attribute_names(model: nn.Module) -> frozenset[str]:
 def architecture(model: nn.Module) -> str:
     """Name that timm has created a model by, if it has."""
     return getattr(model, 'pretrained_cfg', {}).get('architecture', '')
+
+
+def is_created_evolved(model: Evolved) -> bool:
+    """Whether timm's name of the model gives an evolved one, not the dense one that `evolve` has made it of."""
+    return architecture(model) != model.dense_architecture
 
 
 def input_size(model: Evolved) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
 from timm.models._hub import generate_readme, push_to_hf_hub, save_for_hf
@@ -15,7 +15,8 @@ from torch import nn
 
 from .arguments import plain
 from .cost import count_gmacs
-from .evolved_model import Evolved, evaluating, input_size
+from .evolved_model import Evolved, evaluating, find_evolved, input_size, is_created_evolved
+from .registry import is_evolved
 
 __all__ = ['model_card', 'push', 'save']
 
@@ -37,8 +38,12 @@ def model_card(model: nn.Module, name: str) -> dict[str, Any]:
 
     Returns:
         The parts that timm's `generate_readme` puts together.
+
+    Raises:
+        TypeError: The model is dense, or wraps an evolved one.
+        ValueError: The model was dense when it was created, and would be so again; or timm has not created it.
     """
-    model = cast(Evolved, model)
+    model = _check_created_evolved(model)
     begins, keep_ratio, _, tradeoff = model.schedule
     selections = [f'{ratio:.3g} at {i}' for i, ratio in enumerate(keep_ratio) if begins[i] and ratio < 1]
     is_learned = any(name.endswith('learn_tradeoff') for name in model.state_dict())
@@ -95,10 +100,11 @@ def save(
         The folder.
 
     Raises:
+        TypeError: The model is dense, or wraps an evolved one.
         ValueError: The model was dense when it was created, and would be so again; or timm has not created it.
         FileExistsError: The folder has a model in it and `force` is not set, or other files that are not hidden.
     """
-    _check_name(model)
+    _check_created_evolved(model)
     folder = Path(folder).absolute()
     check_free(folder, force)
     name = os.path.basename(os.path.abspath(folder))  # of `.` and `..`, too
@@ -145,9 +151,9 @@ def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = Non
         The commit, which `hf-hub:user/name@commit` loads.
 
     Raises:
+        TypeError: The model is dense, or wraps an evolved one.
         ValueError: The model was dense when it was created, and would be so again; or timm has not created it.
     """
-    _check_name(model)
     return push_to_hf_hub(
         model,
         repo_id,
@@ -164,15 +170,24 @@ def _plain_arguments(model: nn.Module, model_args: dict[str, Any] | None) -> dic
     return plain(model_args)
 
 
-def _check_name(model: nn.Module) -> None:
+def _check_created_evolved(model: nn.Module) -> Evolved:
+    """Refuse what would not be loaded as it is."""
+    name = type(model).__name__
+    if not isinstance(model, Evolved):
+        found = find_evolved(model)
+        raise TypeError(
+            f'{name} is not evolved, it has an evolved model as `.{found[0]}`: take that.' if found else
+            f"{name} is not evolved. timm's save_for_hf and push_to_hf_hub write a dense model; an evolved one is made "
+            "by timm.create_model('evo_*').")
     if not hasattr(model, 'pretrained_cfg'):
+        raise ValueError(f'{name} cannot be loaded by timm, it has no name: timm.create_model has not made it.')
+    if not is_created_evolved(model):
+        dense = model.dense_architecture
         raise ValueError(
-            f'{type(model).__name__} cannot be loaded by timm, it has no name: timm.create_model has not made it.')
-    name = cast(Evolved, model).pretrained_cfg['architecture']
-    if not name.startswith('evo_'):
-        raise ValueError(
-            f'A model that evolve has made of {name} would be loaded as dense as it was created. Save it as {name}, or '
-            f'create evo_{name}, if that is registered, and load the weights into it.')
+            f'A model that evolve has made of {dense} would be loaded as dense as it was created. ' + (
+                f'Create evo_{dense} and load the weights into it.' if is_evolved(f'evo_{dense}') else
+                f"Restore it and save it as {dense}, by timm's save_for_hf or push_to_hf_hub."))
+    return model
 
 
 def _gmacs(model: Evolved) -> float:

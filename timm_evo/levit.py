@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from . import evolution
 from .arguments import split_arguments
-from .evolved_model import Evolved, attribute_names, change_class, combined_class
+from .evolved_model import Evolved, architecture, attribute_names, change_class, combined_class
 from .schedule import (
     Schedule,
     check_flag,
@@ -516,8 +516,11 @@ class LevitEvolution(Evolved, _Dense):
         ).items():
             check_flag(name, value)
         if self.use_conv:
+            name = architecture(self)
+            linear = name.replace('levit_conv_', 'levit_') if name.startswith('levit_conv_') else 'levit_*'
             raise ValueError(
-                "use_conv=True is not allowed, a convolution needs the whole grid. Take timm's linear LeViT, levit_*.")
+                f'{name or "A LeViT"} cannot be evolved, its projections are convolutions (use_conv=True), which need '
+                f"the whole grid. Take timm's linear LeViT, {linear}.")
         if class_head and not (class_token and self.global_pool == 'avg'):
             raise ValueError(
                 "class_head=True is not allowed, it needs class_token=True and global_pool='avg', "

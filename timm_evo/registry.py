@@ -4,6 +4,7 @@ Every `evo_X` model is timm's `X` with token evolution. Its architecture and its
 from timm's registration of `X`, so tags, Hub repositories and input sizes are timm's own. Importing this module
 registers the models; `entrypoints` is the one to import for it.
 """
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -51,12 +52,14 @@ class _Family(NamedTuple):
         build: From the name of timm's dense model and the arguments of the evolved one to a model without weights.
         filter_fn: timm's filter for checkpoints of the family.
         out_indices: Default of `features_only=True`, as in timm.
+        has_similarity: Whether tokens can be selected by similarity, for weights that know nothing of evolution.
         default_pool: Default pooling of a family whose checkpoints have an attention pool, which timm leaves out of
             models that pool otherwise; None where they have none.
     """
     build: Callable[..., nn.Module]
     filter_fn: Callable[..., dict]
     out_indices: int | tuple[int, ...]
+    has_similarity: bool = True
     default_pool: str | None = None
 
 
@@ -94,7 +97,7 @@ _SIGLIP = _VIT._replace(default_pool='map')
 _SIGLIP_GAP = _VIT._replace(default_pool='avg')
 _HYBRID = _Family(_build_vit, hybrid_filter_fn, 3)
 _EVA = _Family(_build_eva, eva_filter_fn, 3)
-_LEVIT = _Family(_build_levit, levit_filter_fn, (0, 1, 2))
+_LEVIT = _Family(_build_levit, levit_filter_fn, (0, 1, 2), has_similarity=False)
 
 
 def _create(variant: str, dense: str, family: _Family, pretrained: bool = False, **kwargs) -> nn.Module:
@@ -110,7 +113,7 @@ def _create(variant: str, dense: str, family: _Family, pretrained: bool = False,
     if family.default_pool is not None and kwargs.get('global_pool', family.default_pool) != 'map':
         is_strict = False
     with download.checked_weights(variant, cfg, kwargs.get('cache_dir')) if pretrained else nullcontext():
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             partial(family.build, dense),
             variant,
             pretrained,
@@ -119,10 +122,43 @@ def _create(variant: str, dense: str, family: _Family, pretrained: bool = False,
             feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
             **kwargs,
         )
+    if pretrained and family.has_similarity and _is_from_timm(cfg, variant):
+        _warn_of_published_selection(variant, model)
+    return model
+
+
+def _is_from_timm(cfg: PretrainedCfg, variant: str) -> bool:
+    """Whether weights are timm's own of the dense model, and not a user's from a file, a folder or the Hub."""
+    is_elsewhere = cfg.file or cfg.state_dict or cfg.source  # the last is set by timm's hf-hub: and local-dir:
+    own = get_arch_pretrained_cfgs(variant).values()
+    return not is_elsewhere and (cfg.hf_hub_id, cfg.url) in [(timms.hf_hub_id, timms.url) for timms in own]
+
+
+def _warn_of_published_selection(variant: str, model: nn.Module) -> None:
+    """Say once that dense weights lose more in a published selection, as is the default of the paper's own names."""
+    from .evolved_model import find_evolved
+    found = find_evolved(model)  # within features_only=True
+    assert found is not None
+    selection, keep_ratios = found[1].evolution['selection'], found[1].schedule.keep_ratio
+    if selection != 'similarity' and min(keep_ratios) < 1:
+        warnings.warn(
+            f"{variant} has timm's dense weights, and selection={selection!r} is for weights that were trained with "
+            "it: until they are, it loses more accuracy than selection='similarity', which is for weights as they are.",
+            stacklevel=5,  # where timm.create_model is called
+        )
+
+
+def is_evolved(name: str) -> bool:
+    """Whether timm's model of this name, with a tag or without, is one of those that are registered here.
+
+    The prefix does not say so: other packages may register `evo_*`, too.
+    """
+    name = name.partition('.')[0]
+    return is_model(name) and model_entrypoint(name).__module__ == __name__
 
 
 def _register(variant: str, dense: str, family: _Family, cfgs: dict[str, PretrainedCfg], **defaults) -> None:
-    """Register `variant`, timm's `dense` model with token evolution.
+    """Register `variant`, timm's `dense` model with token evolution; a model that has the name already keeps it.
 
     Args:
         variant: Name of the evolved model.
@@ -131,6 +167,8 @@ def _register(variant: str, dense: str, family: _Family, cfgs: dict[str, Pretrai
         cfgs: Pretrained configurations by name and tag.
         **defaults: Arguments of the evolved model that differ from its class's own.
     """
+    if is_model(variant):
+        return
     default_cfgs.update(generate_default_cfgs({**cfgs}))
 
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
@@ -172,8 +210,7 @@ _VITS = [
 ]
 for _module, _wildcard, _family in _VITS:
     for _dense in list_models(_wildcard, module=_module, exclude_filters=_WITHOUT):
-        if not is_model(f'evo_{_dense}'):
-            _register_twin(_dense, _family)
+        _register_twin(_dense, _family)
 
 # The authors train DeiT-S at 384, too, which timm has no dense model of: no weights, and the input of DeiT-B at 384.
 _register('evo_deit_small_patch16_384', 'deit_small_patch16_224', _DEIT, {

@@ -4,27 +4,16 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_arch_pretrained_cfgs, is_model
+from timm.models import get_arch_pretrained_cfgs
+from torch import nn
 
-from .arguments import argument_names, nearest
+from .arguments import argument_names
+from .building import build_without_weights, check_name
 from .cost import count_gmacs
-from .evolved_model import Evolved, input_size
+from .evolved_model import Evolved, find_evolved, input_size
+from .registry import is_evolved
 
-__all__ = ['check_model', 'summarise']
-
-
-def check_model(name: str) -> None:
-    """Refuse a name that timm has no model of.
-
-    Raises:
-        ValueError: Which name is the nearest, if one is near.
-    """
-    known = timm.list_models('evo_*')
-    if not is_model(name.partition('.')[0]):
-        meant = nearest(name, known)
-        raise ValueError(
-            f'timm has no model {name}.' + (f' Did you mean {meant}?' if meant else '')
-            + f" timm.list_models('evo_*') lists the {len(known)} evolved ones.")
+__all__ = ['summarise']
 
 
 def summarise(name: str, **kwargs: Any) -> str:
@@ -35,31 +24,33 @@ def summarise(name: str, **kwargs: Any) -> str:
         **kwargs: Arguments of `timm.create_model`.
 
     Raises:
-        TypeError: An argument is not known.
-        ValueError: There is no such model, or an argument is outside what is allowed.
+        ValueError: There is no such model, or it does not work with these arguments.
     """
-    check_model(name)
+    check_name(name)
+    if not is_evolved(name):
+        raise ValueError(f'{name} is not evolved, evo_{name} is.' if is_evolved(f'evo_{name}') else
+                         f'{name} is not evolved.')
+    model = build_without_weights(name, kwargs)
+    found = find_evolved(model)  # within features_only=True
+    assert found is not None
+    evolved = found[1]
+    evolution = argument_names(type(evolved), ['init_evolution'])
+    dense_kwargs = {key: value for key, value in kwargs.items() if key not in evolution}
     with torch.device('meta'):
-        model = timm.create_model(name, **kwargs).eval()
-        if not isinstance(model, Evolved):
-            raise ValueError(f'{name} is not evolved, evo_{name} is.' if is_model(f'evo_{name}') else
-                             f'{name} is not evolved.')
-        image = torch.zeros(1, *input_size(model))
-        evolution = argument_names(type(model), ['init_evolution'])
-        dense_kwargs = {key: value for key, value in kwargs.items() if key not in evolution}
-        dense = timm.create_model(model.dense_architecture, **dense_kwargs).eval()
+        dense = timm.create_model(evolved.dense_architecture, **dense_kwargs).eval()
+        image = next(model.parameters()).new_zeros(1, *input_size(evolved))
         gmacs, dense_gmacs = count_gmacs(model, image), count_gmacs(dense, image)
-        tokens = _count_tokens(model, image)
+        tokens = _count_tokens(model, evolved, image)
     weights = [
         f'{cfg.hf_hub_id or cfg.url}, as {key}'
         for key, cfg in get_arch_pretrained_cfgs(name.partition('.')[0]).items() if cfg.has_weights
     ]
     lines = [
-        f"{name}: timm's {model.dense_architecture} with token evolution",
+        f"{name}: timm's {evolved.dense_architecture} with token evolution",
         f'  images      {" x ".join(map(str, image.shape[1:]))}',
         f'  parameters  {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M',
         f'  GMACs       {gmacs:.2f}, dense {dense_gmacs:.2f} ({gmacs / dense_gmacs:.0%})',
-        f'  evolution   {model.extra_repr()}',
+        f'  evolution   {evolved.extra_repr()}',
         '  weights     ' + ('\n' + 14 * ' ').join(weights or ['none; train it, or convert a checkpoint']),
         '  blocks      tokens (with class token and the like)',
     ]
@@ -69,10 +60,11 @@ def summarise(name: str, **kwargs: Any) -> str:
     return '\n'.join(lines)
 
 
-def _count_tokens(model: Evolved, image: torch.Tensor) -> list[int]:
-    """Number of tokens that enter each block."""
+def _count_tokens(model: nn.Module, evolved: Evolved, image: torch.Tensor) -> list[int]:
+    """Number of tokens that enter each block of the evolved model that `model` has in it, or is."""
     numbers: list[int] = []
-    blocks = model.blocks if hasattr(model, 'blocks') else [block for stage in model.stages for block in stage.blocks]
+    stages = [evolved] if hasattr(evolved, 'blocks') else evolved.stages
+    blocks = [block for stage in stages for block in stage.blocks]
     handles = [
         block.register_forward_pre_hook(lambda module, args: numbers.append(args[0].shape[1])) for block in blocks]
     with torch.no_grad():

@@ -2,20 +2,24 @@
 import base64
 import io
 import json
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.data.loader import adapt_to_chs
 from torch import Tensor, nn
 
 from .cost import count_gmacs
+from .errors import reason
 from .evolved_model import Evolved, evaluating, find_evolved, input_size
 from .instances import evolved
 from .tracing import Selection, trace
@@ -28,16 +32,23 @@ __all__ = ['visualize', 'write_page']
 
 PAGE = 'page.html'
 KEEP_RATIOS = (0.3, 0.5, 0.7, 0.9)
+Photo = Image.Image | str | os.PathLike | np.ndarray
+_ALLOWED = (
+    'a photo (an image of Pillow, its file, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8), or a tensor '
+    '(C, H, W) that is prepared as the model takes it')
 
 
-def visualize(image: Image.Image | str | Path | Tensor, model: nn.Module, **evolution_args) -> 'Figure':
+def visualize(image: Photo | Tensor, model: nn.Module, **evolution_args) -> 'Figure':
     """Draw which tokens a model keeps of an image.
 
     One column for each selection. In the published selections, what is not selected is dark, and below are the scores
     that have selected; by similarity, each group of patches that goes on as one token has its mean colour.
 
     Args:
-        image: A photo or its file, which is prepared as timm does for the model; or a tensor (C, H, W) that is.
+        image: A photo, which is prepared as timm does for the model: an image of Pillow, a file, or an array of uint8
+            (H, W), (H, W, 3) or (H, W, 4), as Pillow takes them. It is made grey for a model of one channel. Or a
+            tensor that is prepared (C, H, W), or (1, C, H, W); the only way for a model of other numbers of channels
+            than 1 and 3, where the mean over them is drawn. One image, no batch.
         model: An evolved model, what wraps one, or a dense one, which is evolved for the time being.
         **evolution_args: Those of `evolve` or `set_evolution`, for the time being.
 
@@ -46,8 +57,9 @@ def visualize(image: Image.Image | str | Path | Tensor, model: nn.Module, **evol
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: The model is not evolved and cannot be.
-        ValueError: An argument is outside what is allowed.
+        FileNotFoundError: There is no such file.
+        TypeError: The model is not evolved and cannot be, or the image is nothing of that.
+        ValueError: An argument is outside what is allowed, or no image that the model takes.
     """
     Figure = figure_class()
     with _evolved(model, evolution_args) as evolved_model:
@@ -77,7 +89,7 @@ def visualize(image: Image.Image | str | Path | Tensor, model: nn.Module, **evol
 
 def write_page(
         file: str | Path,
-        image: Image.Image | str | Path | Tensor,
+        image: Photo | Tensor,
         model: nn.Module,
         keep_ratios: Sequence[float] = KEEP_RATIOS,
         **evolution_args,
@@ -92,11 +104,14 @@ def write_page(
         **evolution_args: As of `visualize`, without `keep_ratio`.
 
     Raises:
-        TypeError: The model is not evolved and cannot be.
-        ValueError: An argument is outside what is allowed.
+        FileNotFoundError: There is no such image file.
+        TypeError: The model is not evolved and cannot be, or the image is nothing of that.
+        ValueError: An argument is outside what is allowed, or no image that the model takes.
     """
     if not keep_ratios:
         raise ValueError('keep_ratios=[] is not allowed, a page needs at least one.')
+    if not isinstance(image, Tensor):
+        image = open_photo(image)
     for keep_ratio in keep_ratios:
         with _evolved(model, evolution_args | {'keep_ratio': keep_ratio}):
             pass  # refuses what is not allowed before the first one is run
@@ -145,22 +160,80 @@ def _evolved(model: nn.Module, evolution_args: dict):
     return evolved(model if found is None else found[1], **evolution_args)
 
 
-def _prepare(image: Image.Image | str | Path | Tensor, model: Evolved) -> tuple[Tensor, Tensor]:
-    """What the model takes (1, C, H, W), and the same to look at (H, W, C), in [0, 1]."""
-    config = resolve_data_config({'input_size': input_size(model)}, model=model)
-    if isinstance(image, Tensor):
-        pixels = image
-    else:
-        opened: Any = image
-        if not isinstance(image, Image.Image):
+def open_photo(image: Photo) -> Image.Image:
+    """A photo, read from its file or made of an array where it is one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        TypeError: It is nothing of that.
+        ValueError: The file cannot be read as an image, or the array is none.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        if not os.path.isfile(image):
+            raise FileNotFoundError(f'There is no image file {image}.')
+        try:
             with Image.open(image) as file:
-                opened = file.convert('RGB')
+                return file.convert('RGB')
+        except Exception as error:  # Pillow's readers raise anything where a file is damaged
+            raise ValueError(f'{image} cannot be read as an image. {reason(error)}') from error
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f'image cannot be a {type(image).__name__}, it must be {_ALLOWED}.')
+    is_empty = image.size == 0
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,), (4,)) or is_empty:
+        raise ValueError(f'image cannot be an array {image.shape} of {image.dtype}, it must be {_ALLOWED}.')
+    return Image.fromarray(image)
+
+
+def _prepare(image: Photo | Tensor, model: Evolved) -> tuple[Tensor, Tensor]:
+    """What the model takes (1, C, H, W), and the same to look at (H, W, 3), in [0, 1]."""
+    channels, height, width = input_size(model)
+    config = resolve_data_config({'input_size': (channels, height, width)}, model=model)
+    for key in ('mean', 'std'):  # of colours
+        config[key] = adapt_to_chs(config[key], channels)
+    if isinstance(image, Tensor):
+        pixels = image[0] if image.dim() == 4 and len(image) == 1 else image
+        _check_pixels(pixels, image, model)
+    elif channels not in (1, 3):
+        raise ValueError(
+            f'image cannot be a photo, {type(model).__name__} takes {channels} channels. It must be a tensor '
+            f'({channels}, H, W), prepared as the model takes it.')
+    else:
         transform: Any = create_transform(**config)  # one, where timm says that it may be several
-        pixels = transform(opened.convert('RGB'))
-    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-    photo = (pixels.detach().cpu().float() * std + mean).clamp(0, 1).permute(1, 2, 0)
+        pixels = transform(open_photo(image).convert('L' if channels == 1 else 'RGB'))
     weight = next(model.parameters())
-    return pixels.unsqueeze(0).to(weight.device, weight.dtype), photo
+    return pixels.unsqueeze(0).to(weight.device, weight.dtype), _to_photo(pixels, config['mean'], config['std'])
+
+
+def _check_pixels(pixels: Tensor, image: Tensor, model: Evolved) -> None:
+    """Refuse a tensor that is not one prepared image (C, H, W), and say what `image` was."""
+    channels, *size = input_size(model)
+    embed = getattr(model, 'patch_embed', model)
+    if embed.img_size and getattr(embed, 'strict_img_size', True):  # LeViT takes one size alone
+        allowed = f'({channels}, {size[0]}, {size[1]})'
+        fits = list(pixels.shape[1:]) == size
+    else:
+        steps = (1, 1) if embed.dynamic_img_pad else embed.feat_ratio(as_scalar=False)
+        allowed = f'({channels}, H, W) with H and W multiples of {steps[0]} and {steps[1]}'
+        fits = all(side > 0 and side % step == 0 for side, step in zip(pixels.shape[1:], steps, strict=False))
+    if pixels.dim() != 3 or len(pixels) != channels or not fits or not pixels.is_floating_point():
+        raise ValueError(
+            f'image cannot be a tensor {tuple(image.shape)} of {image.dtype}, {type(model).__name__} takes one image '
+            f'{allowed} of floating point numbers, prepared as timm does.')
+
+
+def _to_photo(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Prepared pixels (C, H, W) to look at (H, W, 3), in [0, 1]: in colours, or else as their mean from dark to bright.
+    """
+    pixels = pixels.detach().cpu().float()
+    if len(pixels) in (1, 3):
+        shift, scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+        pixels = (pixels * scale + shift).clamp(0, 1)
+    else:
+        pixels = pixels.mean(dim=0, keepdim=True)
+        pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-6)
+    return pixels.expand(3, -1, -1).permute(1, 2, 0)
 
 
 def _count_blocks(model: Evolved) -> int:
