@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
 import timm_evo
-from timm_evo import checkpoints, cli, visualization
+from timm_evo import building, checkpoints, cli, visualization
 
 SMALL = dict(img_size=48, patch_size=8, embed_dim=48, num_heads=3, depth=6)
 
@@ -341,7 +341,7 @@ def test_checkpoints_as_timm_writes_them_are_loaded(wrap, tmp_path):
     ('embed_dim=50', 'evo_vit_tiny_patch16_224 cannot be used with embed_dim=50. AssertionError: .* num_heads'),
     ('global_pool=x', "with global_pool='x'. AssertionError: .*avg"),
     ('pos_embed=x', "with pos_embed='x'. AssertionError: assert pos_embed in "),  # the assertion has no text
-    ('img_size=10', 'with img_size=10. '),
+    ('img_size=10', 'with img_size=10. ValueError: There are no patch tokens'),
     ('img_size=()', r'with img_size=\(\). IndexError'),
     ('patch_size=0', 'with patch_size=0. ZeroDivisionError'),
     ('depth=0', 'with depth=0. '),
@@ -362,6 +362,11 @@ def test_a_value_that_is_not_allowed_is_refused(argument, expected, photo, tmp_p
     assert re.search(expected, message(
         'visualize', tmp_path / 'photo.png', '--model', 'evo_vit_tiny_patch16_224', '--output', tmp_path / 'out.png',
         '--model-kwargs', argument))
+
+
+def test_a_model_without_weights_is_not_drawn():
+    with pytest.raises(ValueError, match='with device=.meta.* There are no weights on the meta device'):
+        building.build('evo_test_vit', dict(device='meta'))
 
 
 def test_names_of_models_are_refused(photo, tmp_path):

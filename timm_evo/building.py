@@ -82,7 +82,10 @@ def build(
     """
     build_without_weights(name, model_kwargs, defaults)
     try:
-        return _create(name, pretrained, (defaults or {}) | model_kwargs)
+        model = _create(name, pretrained, (defaults or {}) | model_kwargs)
+        if next(model.parameters()).is_meta:
+            raise ValueError('There are no weights on the meta device.')
+        return model
     except Exception as error:
         raise ValueError(f'{name} cannot be loaded{_with(model_kwargs)}. {reason(error)}') from error
 

@@ -255,6 +255,8 @@ def check_slow_tokens(keep_ratio: Sequence[float], num_patches: Sequence[int]) -
         ValueError: What is not allowed, and what is.
     """
     for ratio, number in zip(keep_ratio, num_patches, strict=True):
+        if number < 1:
+            raise ValueError('There are no patch tokens to select from, the image is smaller than a patch.')
         if int(ratio * number) < 1:
             raise ValueError(
                 f'keep_ratio={ratio:.4g} of {number} patch tokens leaves none on the slow path of a block, it must be '
