@@ -35,7 +35,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 def is_sharded_weight(weight: Any) -> bool:
     """Whether a weight is a `DTensor`, whose module is not imported to know it."""
-    return hasattr(weight, 'device_mesh')
+    return hasattr(type(weight), 'device_mesh')  # a proxy of symbolic tracing has any attribute
 
 
 class ClassAttentionBeside:
