@@ -368,7 +368,7 @@ def test_gradients_through_checkpoints(family):
             handle = layer.register_full_backward_hook(lambda module, args, out, to=gradients: to.append(out[0]))
             model(x).square().sum().backward()
             handle.remove()
-            whole.append(grid.gradients(gradients[0], 4 if family == 'levit' else 6))
+            whole.append(grid.gradients(gradients[0], None if family == 'levit' else 6))
     torch.testing.assert_close(*whole, rtol=1e-9, atol=1e-12)
 
 
@@ -389,6 +389,18 @@ def test_a_value_that_could_be_from_several_blocks_says_which():
             grid.tokens(within[1][0])
         with pytest.raises(ValueError, match='block=-1 is not allowed'):
             grid.tokens(within[1][0], -1)
+
+
+def test_a_selection_may_have_as_many_tokens_as_the_whole_sequence():
+    model = build(selection='stage', keep_ratio=0.99, start_block=2, stage_depth=5).eval()
+    with timm_evo.whole_grid(model) as grid:
+        seen = watch(model, dict(enumerate(model.blocks)), lambda out: (out, grid.tokens(out)))
+        model(images_of(model))
+        assert all(torch.equal(*seen[block]) for block in (0, 1))
+        assert all(not torch.equal(*seen[block]) for block in (2, 6))
+        assert all(torch.equal(grid.tokens(out, block), whole) for block, (out, whole) in seen.items())
+        with pytest.raises(ValueError, match='block=None is not clear'):
+            grid.tokens(seen[6][0])
 
 
 def test_values_from_elsewhere_are_refused():

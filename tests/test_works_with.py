@@ -602,7 +602,7 @@ def test_attention_maps_are_taken_and_show_what_is_selected(take, selected):
     torch.testing.assert_close(model(x), create()(x), rtol=0, atol=1e-5)
 
 
-def test_grad_cam_gets_activations_and_gradients_of_every_token():
+def test_hooks_on_the_last_block_see_all_tokens_that_go_through_it():
     model, plain = create(), create()
     x, seen = images(model), {}
     norm = model.blocks[-1].norm1

@@ -419,7 +419,7 @@ class EvoLevitStage(LevitStage):
             scores: Tensor | None,
             keep_ratio: float,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Select the tokens for the blocks from this one on, see `evolution.begin_segment`; `tracing` listens here."""
+        """Select the tokens for the blocks from here on, see `evolution.begin_segment`; `recording` listens here."""
         return evolution.begin_segment(x, scores, keep_ratio, self.num_prefix_tokens, self.fast_update)
 
     def _gather_biases(self, begin: int, slow: Tensor | None, representative: Tensor | None) -> list[Tensor] | None:

@@ -417,7 +417,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved, _Dense):
             scores: Tensor | None,
             keep_ratio: float,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Select the tokens for the blocks from this one on, see `evolution.begin_segment`; `tracing` listens here."""
+        """Select the tokens for the blocks from here on, see `evolution.begin_segment`; `recording` listens here."""
         return evolution.begin_segment(x, scores, keep_ratio, self.num_prefix_tokens, self.fast_update)
 
     def _match_tokens(
@@ -429,7 +429,7 @@ class TokenEvolution(ClassAttentionBeside, Evolved, _Dense):
             num_patches: int,
             grid_width: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """Choose the tokens that go before this block, see `similarity.match_tokens`; `tracing` listens here."""
+        """Choose the tokens that go before this block, see `similarity.match_tokens`; `recording` listens here."""
         return similarity.match_tokens(
             self._likeness_features(x), size, keep_ratio, num_patches, self.num_prefix_tokens,
             grid_width if size is None else None)
