@@ -1,4 +1,4 @@
-"""What is exported gives the logits of the model for any number of images: by torch.export, TorchScript and ONNX."""
+"""What is exported or traced gives the logits of the model, for any number of images."""
 import warnings
 from pathlib import Path
 
@@ -7,7 +7,10 @@ import pytest
 import small_vits
 import timm
 import torch
+from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor, nn
+
+from timm_evo import evolution
 
 try:
     import openvino
@@ -20,6 +23,7 @@ SMALL = dict(img_size=32, patch_size=4, embed_dim=32, num_heads=2, num_classes=7
 LEVIT = dict(img_size=128, depth=(1, 2, 1), num_classes=7, start_block=1)
 TWO_MERGES = dict(depth=3, keep_ratio=[0.7, 0.5])
 SIMILARITY = dict(selection='similarity', stage_depth=None, **TWO_MERGES)
+STAGE = dict(selection='stage')  # not the default of all names
 BATCH_SIZES = (1, 2, 8)
 VITS = [
     'vit_small_patch14_reg4_dinov2',  # registers and LayerScale
@@ -120,10 +124,102 @@ def test_an_export_may_leave_the_image_size_open(settings, tmp_path):
     shapes = ({0: torch.export.Dim('batch'), 2: height, 3: width},)
     exported = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=shapes)
     torch.onnx.export(exported, f=tmp_path / 'model.onnx', dynamo=True, verbose=False, input_names=['images'])
-    for size in ((32, 32), (24, 40), (60, 36)):
-        images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(3))
+    for batch_size, size in ((1, (32, 32)), (3, (24, 40)), (2, (60, 36))):
+        images = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(3))
         expected = model(images).detach()
         torch.testing.assert_close(exported.module()(images), expected, rtol=0, atol=1e-4)
         # OpenVINO resizes position embeddings in another way, and so gives other logits, for the dense model, too
         logits = run(tmp_path / 'model.onnx', images)['onnxruntime']
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('settings', [
+    STAGE, SIMILARITY, dict(selection='layer', stage_depth=None, keep_ratio=0.7, fast_update=False)])
+def test_a_model_with_rotations_is_exported_with_an_open_image_size(settings):
+    model = create_model('evo_vit_small_patch16_rope_mixed_224', SMALL | dict(dynamic_img_size=True) | settings)
+    height, width = (4 * torch.export.Dim(name, min=4, max=32) for name in ('height', 'width'))
+    shapes = ({0: torch.export.Dim('batch', max=64), 2: height, 3: width},)
+    exported = torch.export.export(model, (torch.randn(2, 3, 32, 40),), dynamic_shapes=shapes).module()
+    for batch_size, size in ((1, (32, 32)), (3, (24, 40)), (2, (60, 36))):
+        images = torch.randn(batch_size, 3, *size)
+        torch.testing.assert_close(exported(images), model(images), rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    torch.__version__ < torch.torch_version.TorchVersion('2.14'),
+    reason='an older torch asks for the number of images itself, in attention with a mask or in a view')
+@pytest.mark.parametrize('name, settings', [
+    ('evo_deit_tiny_patch16_224', SMALL),
+    ('evo_deit_tiny_patch16_224', SMALL | SIMILARITY),
+    ('evo_vit_small_patch16_rope_224', SMALL | STAGE),
+])
+def test_a_compiler_need_not_know_how_many_images_there_are(name, settings):
+    model, images = create_model(name, settings), random_images(settings)
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(
+        model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+    with torch.no_grad():
+        torch._dynamo.decorators.mark_unbacked(images, 0)
+        compiled(images)
+        for batch_size in BATCH_SIZES:
+            batch = torch.randn(batch_size, *images.shape[1:])
+            torch._dynamo.decorators.mark_unbacked(batch, 0)
+            torch.testing.assert_close(compiled(batch), model(batch), rtol=0, atol=1e-4)
+    assert len(graphs) == 1
+
+
+def test_one_image_takes_the_fewer_steps_in_compiled_code_too():
+    def count_steps(positions: Tensor) -> int:
+        torch._dynamo.reset()
+        graphs = []
+        compiled = torch.compile(
+            evolution.rows, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+        assert torch.equal(compiled(positions, 5), evolution.rows(positions, 5))
+        return len(graphs[0].graph.nodes)
+
+    assert count_steps(torch.tensor([[3, 1]])) < count_steps(torch.tensor([[3, 1], [0, 2]]))
+
+
+@pytest.mark.parametrize('name, settings', [
+    ('evo_deit_tiny_patch16_224', SMALL),
+    ('evo_deit_tiny_distilled_patch16_224', SMALL | SIMILARITY),
+    ('evo_vit_tiny_patch16_224', SMALL | dict(
+        selection='layer', stage_depth=None, class_token=False, global_pool='avg', block_fn=ParallelThingsBlock)),
+    ('evo_vit_small_patch16_rope_mixed_224', SMALL | STAGE),
+    ('evo_levit_128s', LEVIT),
+    ('evo_levit_cls_128s', LEVIT),
+])
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_a_trace_by_torchscript_passes_its_own_check(name, settings, checkpointing):
+    """It traces a second time, without gradients, and wants the same steps in the same order."""
+    model, images = create_model(name, settings), random_images(settings)
+    model.set_grad_checkpointing(checkpointing)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        traced = torch.jit.trace(model, images[:2])
+    for batch_size in BATCH_SIZES:
+        batch = images[:batch_size]
+        torch.testing.assert_close(traced(batch), model(batch), rtol=0, atol=1e-4)
+
+
+STAGES = [STAGE | settings for settings in [
+    dict(), dict(fast_update=False), dict(keep_ratio=1.), dict(keep_ratio=[1., 0.5]),
+    dict(keep_ratio=[0.5, 1.], fast_update=False)]]
+LAYERS = dict(selection='layer', stage_depth=None, keep_ratio=[0.5, 1., 0.5], tradeoff=1.)
+
+
+@pytest.mark.parametrize('name, settings', [
+    *[(name, SMALL | settings)
+      for name in (
+          'evo_deit_tiny_patch16_224', 'evo_vit_small_patch16_rope_224', 'evo_vit_small_patch16_rope_mixed_224')
+      for settings in [*STAGES, LAYERS, SIMILARITY]],
+    *[('evo_levit_128s', LEVIT | settings) for settings in STAGES],
+    *[('evo_levit_cls_128s', LEVIT | settings) for settings in [dict(), dict(keep_ratio=[1., 0.5])]],
+])
+def test_symbolic_tracing_gives_the_same_program(name, settings):
+    model, images = create_model(name, settings), random_images(settings)
+    traced = torch.fx.symbolic_trace(model)
+    for batch_size in BATCH_SIZES:
+        batch = images[:batch_size]
+        torch.testing.assert_close(traced(batch), model(batch), rtol=0, atol=1e-5)

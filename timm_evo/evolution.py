@@ -20,6 +20,12 @@ import torch
 import torch.fx
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
+
+if hasattr(symbolic_shapes, 'guard_or_false'):
+    _is_known_true = symbolic_shapes.statically_known_true
+else:  # before torch 2.8 compiled code cannot call it
+    _is_known_true = symbolic_shapes.guard_size_oblivious
 
 
 @torch.fx.wrap
@@ -71,14 +77,16 @@ def gather_rotations(rotation: Tensor, positions: Tensor, num_prefix_tokens: int
     if rotation.dim() == 4:
         rotation = rotation.take_along_dim(places.unsqueeze(1).unsqueeze(3), dim=2)
     else:  # whole rows at once
-        rotation = rotation.view(-1, rotation.shape[-2], rotation.shape[-1])
-        num_heads, channels = rotation.shape[0], rotation.shape[2]
-        rotation = rotation.index_select(1, places.view(-1))
-        rotation = rotation.view(num_heads, places.shape[0], places.shape[1], channels).transpose(0, 1)
+        row = places.unsqueeze(1)
+        if rotation.dim() == 3:  # the tables of all heads, one below the other
+            table = torch.arange(rotation.shape[0], device=row.device).unsqueeze(1)
+            row = torch.add(row, table, alpha=rotation.shape[1])
+        rotation = rotation.flatten(0, -2).index_select(0, row.view(-1))
+        rotation = rotation.view(row.shape[0], row.shape[1], row.shape[2], rotation.shape[1])
     if not representative:
         return rotation
-    sin, cos = rotation[:, :, :1].chunk(2, dim=3)
-    unrotated = torch.cat([torch.zeros_like(sin), torch.ones_like(cos)], dim=3)
+    shape = [rotation.shape[0], rotation.shape[1], 1, rotation.shape[3] // 2]
+    unrotated = torch.cat([rotation.new_zeros(shape), rotation.new_ones(shape)], dim=3)  # sines and cosines
     return torch.cat([rotation, unrotated], dim=2)
 
 
@@ -204,8 +212,14 @@ def global_class_attention(
 
 
 def is_one_image(batch_size: int) -> bool:
-    """Whether a batch is known to hold one image, which takes fewer steps; that of a trace, made for any, is not."""
-    return not torch.jit.is_tracing() and batch_size == 1
+    """Whether a batch is known to hold one image, which takes fewer steps.
+
+    A size that a trace, an export or a compiler leaves open is not known: a plain comparison would fix it.
+    """
+    if torch.jit.is_scripting():
+        return batch_size == 1
+    else:
+        return not torch.jit.is_tracing() and _is_known_true(batch_size == 1)
 
 
 def patches(x: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -317,11 +331,17 @@ def rows(positions: Tensor, num_tokens: int) -> Tensor:
     """Positions (B, K) in sequences of a length as rows of the whole batch (B * K,), to copy whole rows at once."""
     if is_one_image(positions.shape[0]):
         return positions.view(-1)
-    offsets = torch.arange(0, positions.shape[0] * num_tokens, num_tokens, device=positions.device)
-    return (positions + offsets.unsqueeze(1)).view(-1)
+    sequence = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
+    return torch.add(positions, sequence, alpha=num_tokens).view(-1)
 
 
 @torch.fx.wrap
+def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
+    """Tokens of a sequence (B, L, C) at positions (B, K): (B, K, C)."""
+    tokens = x.flatten(0, 1).index_select(0, rows(positions, x.shape[1]))
+    return tokens.view(positions.shape[0], positions.shape[1], x.shape[2])
+
+
 def begin_segment(
         x: Tensor,
         scores: Tensor | None,
@@ -330,6 +350,8 @@ def begin_segment(
         fast_update: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Select tokens for the blocks of a segment.
+
+    No node of its own to symbolic tracing, which could not tell that a node returns None.
 
     Args:
         x: Full sequence (B, P + N, C).
@@ -348,8 +370,7 @@ def begin_segment(
         return x, None, None
     assert scores is not None
     slow = select_tokens(scores, keep_ratio, num_prefix_tokens)
-    tokens = x.flatten(0, 1).index_select(0, rows(slow, x.shape[1]))
-    tokens = tokens.view(slow.shape[0], slow.shape[1], x.shape[2])
+    tokens = gather_tokens(x, slow)
     if not fast_update:
         return tokens, slow, None
     representative = representative_token(x, scores, slow)

@@ -151,9 +151,9 @@ def _return_scores(scores: Tensor | None, present: Tensor | None, slow: Tensor |
 def _gather_biases(
         tables: list[Tensor],
         index: Tensor,
-        slow: Tensor | None,
+        slow: Tensor,
         representative: Tensor | None,
-) -> list[Tensor] | None:
+) -> list[Tensor]:
     """Attention biases of the tokens of a selection, for all blocks of its segment at once: that takes fewer calls.
 
     Args:
@@ -163,10 +163,8 @@ def _gather_biases(
         representative: Representative token, if any. It has no position, its biases are zero.
 
     Returns:
-        Biases of each block (H * B, K, K), or (H * B, K + 1, K + 1) with a representative token; None if `slow` is.
+        Biases of each block (H * B, K, K), or (H * B, K + 1, K + 1) with a representative token.
     """
-    if slow is None:
-        return None
     entries = torch.add(slow.unsqueeze(1), slow.unsqueeze(2), alpha=index.shape[0])
     positions = index.view(-1).index_select(0, entries.view(-1))
     biases = torch.cat(tables).index_select(1, positions)
@@ -423,7 +421,12 @@ class EvoLevitStage(LevitStage):
         return evolution.begin_segment(x, scores, keep_ratio, self.num_prefix_tokens, self.fast_update)
 
     def _gather_biases(self, begin: int, slow: Tensor | None, representative: Tensor | None) -> list[Tensor] | None:
-        """Attention biases of the tokens of a selection for the blocks of the segment that begins with this one."""
+        """Attention biases of the tokens of a selection for the blocks of the segment that begins with this one.
+
+        None without a selection, or without biases.
+        """
+        if slow is None:
+            return None
         end = begin + 1
         while end < len(self.begins) and not self.begins[end]:
             end += 1

@@ -17,7 +17,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
-from .evolution import count_slow, rows
+from .evolution import count_slow, gather_tokens
 
 
 def _places(num_patches: int, width: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -105,12 +105,6 @@ def places_after(goes: Tensor, into: Tensor, num_tokens: int) -> tuple[Tensor, T
     return left, place.scatter(1, goes, place.gather(1, into))
 
 
-def _gather(x: Tensor, positions: Tensor) -> Tensor:
-    """Tokens (B, L, C) at positions (B, K): (B, K, C)."""
-    gathered = x.flatten(0, 1).index_select(0, rows(positions, x.shape[1]))
-    return gathered.view(positions.shape[0], positions.shape[1], x.shape[2])
-
-
 @torch.fx.wrap
 def average_tokens(
         x: Tensor,
@@ -138,7 +132,7 @@ def average_tokens(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if size is None:
         size = torch.ones(x.shape[0], x.shape[1], dtype=wide, device=x.device)
-    x_gone, x_into = _gather(x, goes), _gather(x, into)
+    x_gone, x_into = gather_tokens(x, goes), gather_tokens(x, into)
     length_gone = torch.linalg.vector_norm(x_gone, dim=2, dtype=wide)
     length_into = torch.linalg.vector_norm(x_into, dim=2, dtype=wide)
 
@@ -156,7 +150,7 @@ def average_tokens(
     # they stand behind all tokens, and are taken from there in the place of what they are averages of
     position = torch.arange(x.shape[1] + goes.shape[1], device=x.device).expand(x.shape[0], -1)
     taken = position[:, :x.shape[1]].scatter(1, into, position[:, x.shape[1]:]).gather(1, left)
-    averages = _gather(torch.cat([x, mean.to(x.dtype)], dim=1), taken)
+    averages = gather_tokens(torch.cat([x, mean.to(x.dtype)], dim=1), taken)
     return averages, torch.cat([size, total * kept.detach()], dim=1).gather(1, taken)
 
 
@@ -184,4 +178,4 @@ def follow_averages(x: Tensor, averages: Tensor, tokens: Tensor, follows: Tensor
     Returns:
         Tokens now, all of them (B, L, C).
     """
-    return x + _gather(tokens - averages, follows)
+    return x + gather_tokens(tokens - averages, follows)

@@ -118,9 +118,10 @@ class Listener:
         """Take keys of an attention as they leave their norm: (B, H, L, d), or (B, L, H, d) of parallel branches."""
         if self._query is None or self._with_gradient != torch.is_grad_enabled():
             return  # a wrapper may have taken the gradient away, and recompute the block where nobody listens
-        if self._with_gradient:
+        if self._with_gradient and not torch.jit.is_tracing():
             # Who recomputes the block without a listener, as a wrapper around it may, must find the same tensors saved
-            # for its gradient: views save none.
+            # for its gradient: views save none. Nobody recomputes while the model is traced, and a trace is checked by
+            # another one, without gradient, which must have the same order.
             self._postponed.append((self._query, key, attn))
         else:
             self._add(self._query, key, attn)  # at once, because the keys would stay in memory while the MLP runs
