@@ -430,3 +430,12 @@ def test_patches_that_are_dropped_in_training_are_no_grid():
         with pytest.raises(RuntimeError, match='patch_drop_rate=0'):
             model(images_of(model))
         model.eval()(images_of(model))
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'levit_128s'])
+def test_a_model_may_be_restored_while_it_is_looked_at(name):
+    dense = timm.create_model(name, **{} if 'levit' in name else dict(img_size=48, patch_size=8, depth=4)).eval()
+    classes = [type(module) for module in dense.modules()]
+    with timm_evo.whole_grid(timm_evo.evolve(dense)):
+        timm_evo.restore(dense)
+    assert [type(module) for module in dense.modules()] == classes

@@ -455,6 +455,10 @@ def _evolved_class_of(cls: type[nn.Module]) -> type[nn.Module]:
     return next(evolved for dense, evolved in _EVOLVED.items() if issubclass(cls, dense))
 
 
+def _dense_class_of(cls: type[nn.Module]) -> type[nn.Module]:
+    return next((dense for dense, evolved in _EVOLVED.items() if issubclass(cls, evolved)), cls)
+
+
 class LevitEvolution(Evolved, _Dense):
     """Token evolution for a timm `Levit`, to stand before it in the bases of a class.
 
@@ -605,7 +609,6 @@ class LevitEvolution(Evolved, _Dense):
                 "place of timm's biases.")
 
     def _restore_modules(self) -> None:
-        dense: dict[type[nn.Module], type[nn.Module]] = {evolved: dense for dense, evolved in _EVOLVED.items()}
         for module in self.stages.modules():
             if isinstance(module, _ScoringAttention):
                 module.leave_evolution()
@@ -613,7 +616,7 @@ class LevitEvolution(Evolved, _Dense):
                 module.blocks.__class__ = nn.Sequential
                 for name in attribute_names(module) & {'begins', 'keep_ratio', 'fast_update', 'num_prefix_tokens'}:
                     delattr(module, name)
-            change_class(module, lambda cls: dense.get(cls, cls))
+            change_class(module, _dense_class_of)
         self.stages.__class__ = nn.Sequential
 
     def _attentions(self) -> 'list[EvoAttention | EvoAttentionDownsample]':
