@@ -88,6 +88,8 @@ $(TORCH_VENV)/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(call pin,torch,$(TORCH)) torchvision $(call pin,timm,$(TIMM)) \
 		--editable '.[demo,test]'
+	# torchao does not say which torch it needs, and peft and transformers fail with one that does not go with it
+	$(@D)/bin/python -c 'import torchao.quantization' || $(@D)/bin/python -m pip uninstall --quiet --yes torchao
 	touch $@
 
 # timm's tests are in its source distribution, not in its wheel.

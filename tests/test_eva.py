@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from slow_evolution import assert_equal_after_every_block, assert_equal_gradients, evolve_slowly
 from slow_similarity import average_slowly
 from test_method import SMALL, random_settings, slow_arguments
+from this_torch import ANY_SIZE
 from timm.layers import RmsNorm
 from timm.models.eva import Eva
 from torch import nn
@@ -225,7 +226,7 @@ def test_an_export_gives_the_logits_at_any_batch_size(kind, selection, tmp_path)
     kwargs = KINDS[kind] | dict(dynamic_img_size=False)
     model = build(**kwargs, depth=4, selection=selection, dtype=torch.float32)
     images = torch.randn(8, 3, 24, 24)
-    exported = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    exported = torch.export.export(model, (images[:2],), dynamic_shapes=({0: ANY_SIZE},))
     torch.onnx.export(exported, f=tmp_path / 'model.onnx', dynamo=True, verbose=False, input_names=['images'])
     session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
     for batch in (images[:1], images):

@@ -7,6 +7,7 @@ import pytest
 import small_vits
 import timm
 import torch
+from this_torch import ANY_SIZE, if_dense_can
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor, nn
 
@@ -58,7 +59,7 @@ def export(model: nn.Module, images: Tensor, exporter: str, file: Path) -> None:
         else:
             torch.onnx.export(
                 model, (images[:2],), file, dynamo=True, verbose=False, input_names=['images'],
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+                dynamic_shapes=({0: ANY_SIZE},))
 
 
 def run(file: Path, images: Tensor) -> dict[str, Tensor]:
@@ -95,7 +96,7 @@ def test_onnx_gives_the_logits_at_any_batch_size(name, settings, exporter, tmp_p
 def test_every_kind_of_vit_is_exported(name, tmp_path):
     model = small_vits.create(f'evo_{name}', exportable=True, **TWO_MERGES)
     images = small_vits.images(model, max(BATCH_SIZES))
-    exported = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    exported = torch.export.export(model, (images[:2],), dynamic_shapes=({0: ANY_SIZE},))
     torch.onnx.export(exported, f=tmp_path / 'model.onnx', dynamo=True, verbose=False, input_names=['images'])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # torch.jit.script is deprecated
@@ -121,8 +122,9 @@ def test_an_export_may_leave_the_image_size_open(settings, tmp_path):
     """As timm's dense model with `dynamic_img_size`: how many tokens are slow follows from the grid."""
     model = create_model('evo_deit_tiny_patch16_224', SMALL | dict(dynamic_img_size=True) | settings)
     height, width = (4 * torch.export.Dim(name, min=4, max=32) for name in ('height', 'width'))
-    shapes = ({0: torch.export.Dim('batch'), 2: height, 3: width},)
-    exported = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=shapes)
+    shapes = ({0: torch.export.Dim('batch', max=64), 2: height, 3: width},)
+    exported = if_dense_can(
+        lambda model: torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=shapes), model)
     torch.onnx.export(exported, f=tmp_path / 'model.onnx', dynamo=True, verbose=False, input_names=['images'])
     for batch_size, size in ((1, (32, 32)), (3, (24, 40)), (2, (60, 36))):
         images = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(3))

@@ -5,6 +5,7 @@ import sys
 import pytest
 import timm
 import torch
+from this_torch import library
 from torch import nn
 
 import timm_evo
@@ -113,7 +114,7 @@ def test_models_of_other_libraries_are_named():
     vit = VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32)
     with pytest.raises(TypeError, match="it is a model of torchvision, and evolution is for timm's"):
         timm_evo.evolve(vit)
-    transformers = pytest.importorskip('transformers')
+    transformers = library('transformers', 'modeling_utils')
     config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     with pytest.raises(TypeError, match='it is a model of transformers'):
         timm_evo.evolve(transformers.ViTModel(config))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from slow_evolution import evolve_slowly
 from test_method import KINDS, build, random_settings, slow_arguments
+from this_torch import ANY_SIZE
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -346,7 +347,7 @@ def trace(model: EvoVisionTransformer) -> torch.jit.ScriptModule:
     pytest.param(compile_forwards, marks=pytest.mark.slow),
     script,
     trace,
-    lambda model: torch.export.export(model, (images(2),), dynamic_shapes=({0: torch.export.Dim('b')},)).module(),
+    lambda model: torch.export.export(model, (images(2),), dynamic_shapes=({0: ANY_SIZE},)).module(),
 ], ids=['eager', 'compiled', 'compiled blocks', 'compiled methods', 'scripted', 'traced', 'exported'])
 @pytest.mark.parametrize('kind', ['class token', pytest.param('qk norm, no class token', marks=pytest.mark.slow)])
 def test_threads_share_a_model(kind, prepare):

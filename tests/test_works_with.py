@@ -12,6 +12,7 @@ import timm
 import torch
 from small_vits import create as create_small
 from small_vits import images
+from this_torch import library
 from timm.utils import AttentionExtract, ModelEmaV3, reparameterize_model
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -79,7 +80,7 @@ def quantize(model: nn.Module, config: str) -> nn.Module:
         if not hasattr(torch.ao.quantization, 'quantize_dynamic'):
             pytest.skip('this torch has it no more')
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    quantization = pytest.importorskip('torchao.quantization')
+    quantization = library('torchao.quantization')
     quantization.quantize_(model, getattr(quantization, config)())
     return model
 
@@ -131,10 +132,10 @@ def test_a_quantized_model_is_compiled_whole():
 
 
 def test_training_with_fake_quantization_reaches_every_weight():
-    qat = pytest.importorskip('torchao.quantization.qat')
+    qat = library('torchao.quantization.qat')
     config = qat.QATConfig(weight_config=qat.IntxFakeQuantizeConfig(torch.int8, 'per_channel'), step='prepare')
     model = create().train()
-    pytest.importorskip('torchao').quantization.quantize_(model, config)
+    library('torchao.quantization').quantize_(model, config)
     assert type(model.blocks[0].attn.qkv) is not nn.Linear
     assert train_once(model, images(model)) == []
 
@@ -144,7 +145,7 @@ def test_training_with_fake_quantization_reaches_every_weight():
 
 def adapter_config(kind: str):
     """An adapter of the projection of queries, keys and values that changes what it computes from the beginning."""
-    peft = pytest.importorskip('peft')
+    peft = library('peft')
     return {
         'LoRA': lambda: peft.LoraConfig(target_modules=['qkv'], r=4, init_lora_weights=False),
         'LoRA on all layers': lambda: peft.LoraConfig(
@@ -167,7 +168,7 @@ ADAPTERS = [
 def adapt(model: nn.Module, kind: str) -> nn.Module:
     config = adapter_config(kind)
     torch.manual_seed(1)
-    return pytest.importorskip('peft').get_peft_model(model, config)
+    return library('peft').get_peft_model(model, config)
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning')
@@ -199,7 +200,7 @@ def test_adapters_are_saved_and_loaded(kind, tmp_path):
     adapted = adapt(create(), kind).eval()
     x = images(adapted.base_model.model)
     adapted.save_pretrained(tmp_path)
-    loaded = pytest.importorskip('peft').PeftModel.from_pretrained(create(), tmp_path).eval()
+    loaded = library('peft').PeftModel.from_pretrained(create(), tmp_path).eval()
     assert not torch.equal(adapted(x), create()(x))
     assert torch.equal(loaded(x), adapted(x))
 
@@ -237,7 +238,7 @@ def test_updates_of_adapters_alone_are_counted():
 @pytest.mark.parametrize('cls', ['TimmWrapperModel', 'TimmWrapperForImageClassification'])
 @torch.no_grad()
 def test_a_wrapper_of_transformers_is_saved_and_loaded_with_its_evolution(cls, tmp_path, selected):
-    transformers = pytest.importorskip('transformers')
+    transformers = library('transformers', 'modeling_utils')
     model = create()
     arguments = dict(img_size=48, patch_size=8, embed_dim=48, num_heads=3, depth=6, **LAYERWISE)
     config = transformers.TimmWrapperConfig(

@@ -94,7 +94,8 @@ def places_after(goes: Tensor, into: Tensor, num_tokens: int) -> tuple[Tensor, T
         Positions so far of the tokens that are left, in order (B, L - R).
         For each token so far, the position of the one that it follows among those (B, L).
     """
-    stays = torch.ones(goes.shape[0], num_tokens, dtype=torch.int64, device=goes.device).scatter(1, goes, 0)
+    # torch 2.5 exports no new tensor of any batch size to ONNX, so one row is expanded
+    stays = goes.new_ones(1, num_tokens).expand(goes.shape[0], num_tokens).scatter(1, goes, 0)
     place = stays.cumsum(dim=1) - 1
     # tokens that go would write where another one is, so they write to one place more, which is cut off
     num_left = num_tokens - goes.shape[1]
@@ -131,7 +132,7 @@ def average_tokens(
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if size is None:
-        size = torch.ones(x.shape[0], x.shape[1], dtype=wide, device=x.device)
+        size = torch.ones_like(x[:, :, 0], dtype=wide)
     x_gone, x_into = gather_tokens(x, goes), gather_tokens(x, into)
     length_gone = torch.linalg.vector_norm(x_gone, dim=2, dtype=wide)
     length_into = torch.linalg.vector_norm(x_into, dim=2, dtype=wide)
