@@ -378,12 +378,12 @@ def test_compile_is_one_graph_in_inference_and_training(name):
 
 @ONE_QUICK
 def test_export_with_a_dynamic_batch(name):
-    model = create(name)
+    model, plain = create(name), create(name)  # an older torch leaves tensors without values in timm's cache of biases
     batch = torch.export.Dim('batch', min=1, max=64)
     x = images(5, 128, 128, torch.float32)
     exported = torch.export.export(model, (x[:2],), dynamic_shapes=({0: batch},)).module()
     for batch_size in (1, 2, 5):
-        torch.testing.assert_close(exported(x[:batch_size]), model(x[:batch_size]))
+        torch.testing.assert_close(exported(x[:batch_size]), plain(x[:batch_size]))
 
 
 def test_copies_travel(name):

@@ -435,6 +435,15 @@ def test_a_loop_of_the_user_over_the_blocks_is_warned_of_once(kind, alone):
     assert alone() == 1
 
 
+def test_a_norm_that_has_lost_its_attention_is_called_without_a_warning(alone):
+    """As an older torch calls a copy of it, to find the shape of what it returns."""
+    norm = copy.deepcopy(build().blocks[0].attn.q_norm)
+    gc.collect()  # the attention that was copied along
+    assert norm.attention() is None
+    norm(torch.randn(1, 3, 5, 8))
+    assert alone() == 0
+
+
 def build_any(kind: str):
     if kind == 'rotations':
         return evolve(timm.create_model(

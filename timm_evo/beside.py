@@ -30,12 +30,12 @@ def _by_heads(query: Tensor, key: Tensor, num_heads: int) -> tuple[Tensor, Tenso
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether the weights of a module are whole only while it is called, as with FSDP2."""
-    return is_sharded_weight(next(module.parameters(), None))
+    return any(map(is_sharded_weight, module.parameters()))
 
 
 def is_sharded_weight(weight: Any) -> bool:
     """Whether a weight is a `DTensor`, whose module is not imported to know it."""
-    return hasattr(type(weight), 'device_mesh')  # a proxy of symbolic tracing has any attribute
+    return isinstance(weight, Tensor) and hasattr(weight, 'device_mesh')  # a proxy of tracing has any attribute
 
 
 class ClassAttentionBeside:

@@ -291,7 +291,9 @@ class _TappedQuery(_Tapped):
     def __call__(self, x: Tensor) -> Tensor:
         x = super().__call__(x)
         listener, attn = self._listener(), self.attention()
-        if listener is not None and attn is not None:
+        if attn is None:
+            return x
+        if listener is not None:
             listener.hear_query(x, attn)
         elif not torch.compiler.is_dynamo_compiling() and not _thread.is_in_model:
             _warn_if_alone(attn, sys._getframe(1))
