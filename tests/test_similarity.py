@@ -118,32 +118,33 @@ def test_equal_patches_are_averaged_without_loss():
 @pytest.mark.parametrize('fill', ['load', 'assign on the meta device', 'averaged', 'copied', 'at the creation'])
 def test_a_backbone_is_what_its_state_dict_says(fill, tmp_path):
     """A backbone of `features_only=True` has no final norm, so no weight of it may decide which tokens are alike."""
+    name, dense = 'evo_deit3_small_patch16_224', 'deit3_small_patch16_224'
     small = dict(img_size=48, patch_size=8, embed_dim=48, num_heads=3, depth=6)
     torch.manual_seed(0)
-    whole = timm.create_model('evo_vit_tiny_patch16_224', **small)
+    whole = timm.create_model(name, **small)
     with torch.no_grad():
         for parameter in whole.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     torch.save(whole.state_dict(), tmp_path / 'whole.pth')
     backbone = dict(small, features_only=True, out_indices=(1, 4))
     filled = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'whole.pth'), num_classes=1000))
-    first = timm.create_model('evo_vit_tiny_patch16_224', **backbone, **filled).eval()
-    assert first.state_dict().keys() == timm.create_model('vit_tiny_patch16_224', **backbone).state_dict().keys()
+    first = timm.create_model(name, **backbone, **filled).eval()
+    assert first.state_dict().keys() == timm.create_model(dense, **backbone).state_dict().keys()
 
     if fill == 'load':
-        other = timm.create_model('evo_vit_tiny_patch16_224', **backbone)
+        other = timm.create_model(name, **backbone)
         other.load_state_dict(first.state_dict(), strict=True)
     elif fill == 'assign on the meta device':
         with torch.device('meta'):
-            other = timm.create_model('evo_vit_tiny_patch16_224', **backbone)
+            other = timm.create_model(name, **backbone)
         other.load_state_dict(first.state_dict(), strict=True, assign=True)
     elif fill == 'averaged':
-        other = timm.utils.ModelEmaV3(timm.create_model('evo_vit_tiny_patch16_224', **backbone), decay=0.)
+        other = timm.utils.ModelEmaV3(timm.create_model(name, **backbone), decay=0.)
         other.update(first)
     elif fill == 'copied':
         other = copy.deepcopy(first)
     else:
-        other = timm.create_model('evo_vit_tiny_patch16_224', **backbone, **filled)
+        other = timm.create_model(name, **backbone, **filled)
     images = torch.randn(2, 3, 48, 48)
     for actual, wanted in zip(other.eval()(images), first(images), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
