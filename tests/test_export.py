@@ -7,6 +7,8 @@ import pytest
 import small_vits
 import timm
 import torch
+from onnxruntime import quantization
+from onnxruntime.quantization.shape_inference import quant_pre_process
 from this_torch import ANY_SIZE, if_dense_can
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor, nn
@@ -225,3 +227,53 @@ def test_symbolic_tracing_gives_the_same_program(name, settings):
     for batch_size in BATCH_SIZES:
         batch = images[:batch_size]
         torch.testing.assert_close(traced(batch), model(batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('name, settings', [
+    ('evo_levit_128s', LEVIT),
+    pytest.param('evo_levit_128s', LEVIT | dict(keep_ratio=1.0), marks=pytest.mark.slow),
+    pytest.param('evo_levit_128s', LEVIT | dict(fast_update=False), marks=pytest.mark.slow),
+    pytest.param('evo_levit_cls_128s', LEVIT | dict(selection='layer'), marks=pytest.mark.slow),
+    pytest.param('evo_deit_tiny_patch16_224', SMALL, marks=pytest.mark.slow),
+    ('evo_deit_tiny_patch16_224', SMALL | SIMILARITY),
+    pytest.param('evo_deit_tiny_distilled_patch16_224', SMALL | dict(selection='layer'), marks=pytest.mark.slow),
+    pytest.param(
+        'evo_vit_tiny_patch16_224', SMALL | STAGE | dict(class_token=False, global_pool='avg'), marks=pytest.mark.slow),
+    pytest.param('evo_vit_small_patch16_rope_mixed_224', SMALL | STAGE, marks=pytest.mark.slow),
+])
+def test_openvino_converts_the_model_itself(name, settings):
+    convert = pytest.importorskip('openvino').convert_model
+    model, images = create_model(name, settings), random_images(settings)[:5]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # tracing warns of every shape that it takes as given
+        converted = convert(model, example_input=images[:2])
+    compiled = openvino.compile_model(converted, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    expected = model(images).detach()
+    for batch_size in (1, 2, 5):
+        logits = torch.from_numpy(compiled(images[:batch_size].numpy())[0])
+        torch.testing.assert_close(logits, expected[:batch_size], rtol=0, atol=1e-4)
+
+
+class Calibration(quantization.CalibrationDataReader):
+
+    def __init__(self, images: Tensor) -> None:
+        self.batches = iter(images.split(1))
+
+    def get_next(self) -> dict | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {'images': batch.numpy()}
+
+
+@pytest.mark.parametrize('settings', [SIMILARITY, pytest.param(STAGE, marks=pytest.mark.slow)])
+def test_an_exported_file_is_quantized(settings, tmp_path):
+    """Its shapes are all inferred, as other tools ask for, too, and the integers give about the same logits."""
+    model, images = create_model('evo_deit_tiny_patch16_224', SMALL | settings), random_images(SMALL)
+    export(model, images, 'dynamo', tmp_path / 'model.onnx')
+    quant_pre_process(tmp_path / 'model.onnx', tmp_path / 'shapes.onnx')
+    quantization.quantize_static(
+        tmp_path / 'shapes.onnx', tmp_path / 'int8.onnx', Calibration(images), per_channel=True,
+        op_types_to_quantize=['MatMul', 'Gemm', 'Conv'])
+    session = onnxruntime.InferenceSession(tmp_path / 'int8.onnx', providers=['CPUExecutionProvider'])
+    logits = torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+    expected = model(images).detach()
+    assert (logits - expected).norm() / expected.norm() < 0.2

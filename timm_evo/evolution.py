@@ -396,10 +396,8 @@ def follow(x: Tensor, tokens: Tensor, slow: Tensor | None, representative: Tenso
     """
     if slow is None:
         return tokens
-    slow_rows = rows(slow, x.shape[1])
-    if representative is None:
-        return x.flatten(0, 1).index_copy(0, slow_rows, tokens.flatten(0, 1)).view_as(x)
     # added to all, because the copy overwrites the others: the placeholders need no index of their own
-    moved = x + (tokens[:, -1:] - representative)
-    moved = moved.flatten(0, 1)  # a view, or a copy where the patches come as columns of a feature map
-    return moved.index_copy_(0, slow_rows, tokens[:, :-1].flatten(0, 1)).view_as(x)
+    moved = x.clone() if representative is None else x + (tokens[:, -1:] - representative)
+    moved = moved.contiguous()  # which it is not where the patches come as columns of a feature map
+    image = torch.arange(slow.shape[0], device=slow.device).unsqueeze(1)
+    return moved.index_put_((image, slow), tokens[:, :slow.shape[1]])

@@ -86,10 +86,10 @@ def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> 
     num_shared = query.shape[0] // biases.shape[0]  # images that share the biases
     if evolution.is_one_image(num_shared):
         return torch.baddbmm(biases, query, key, alpha=scale).softmax(dim=-1)
-    logits = (query * scale).bmm(key)
-    by_image = logits.view(biases.shape[0], num_shared, logits.shape[1], logits.shape[2])
-    by_image.add_(biases.unsqueeze(1))  # in place, because another matrix takes its time
-    return by_image.view_as(logits).softmax(dim=-1)
+    query = (query * scale).view(biases.shape[0], num_shared, query.shape[1], query.shape[2])
+    logits = query.matmul(key.view(biases.shape[0], num_shared, key.shape[1], key.shape[2]))
+    logits.add_(biases.unsqueeze(1))  # in place, because another matrix takes its time
+    return logits.softmax(dim=-1).flatten(0, 1)
 
 
 @torch.fx.wrap

@@ -14,7 +14,6 @@ into others, C channels. Positions count from the first prefix token.
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor
 
 from .evolution import count_slow, gather_tokens
@@ -28,6 +27,14 @@ def _places(num_patches: int, width: int | None, device: torch.device) -> tuple[
     # a row of even width begins as the one before it, unless shifted; no branch, because an export may leave it open
     shift = even // width % 2 * (1 - width % 2)
     return even + shift, (even + 1 - shift)[:num_patches // 2]
+
+
+def _lengths(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lengths (B, L) of tokens (B, L, C)."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        # takes no longer in compiled code; in an ONNX file, tools know the shape of a sum but not of a norm
+        return x.to(dtype).square().sum(dim=2).clamp(min=1e-37).sqrt()  # which has no gradient at zero
+    return torch.linalg.vector_norm(x, dim=2, dtype=dtype)
 
 
 @torch.fx.wrap
@@ -65,7 +72,8 @@ def match_tokens(
         nowhere = torch.zeros(features.shape[0], 0, dtype=torch.int64, device=features.device)
         return nowhere, nowhere
     features = features if features.dtype == torch.float64 else features.float()
-    features = F.normalize(features[:, num_prefix_tokens:], dim=2)
+    features = features[:, num_prefix_tokens:]
+    features = features / _lengths(features, features.dtype).clamp(min=1e-12).unsqueeze(2)
     source, target = _places(num_present, width, features.device)
     if width is None:  # slices, which copy nothing
         sources, targets = features[:, ::2], features[:, 1::2]
@@ -76,7 +84,8 @@ def match_tokens(
     if size is not None:
         inverse = size[:, num_prefix_tokens:].reciprocal()
         loss = loss / (inverse[:, ::2].unsqueeze(2) + inverse[:, 1::2].unsqueeze(1))
-    least, nearest = loss.min(dim=2)
+    nearest = loss.argmin(dim=2)  # not `min`, whose shape in an ONNX file tools do not know
+    least = loss.gather(2, nearest.unsqueeze(2)).flatten(1)
     goes = least.topk(num_present - num_left, dim=1, largest=False, sorted=False)[1]
     return source[goes] + num_prefix_tokens, target[nearest.gather(1, goes)] + num_prefix_tokens
 
@@ -134,8 +143,8 @@ def average_tokens(
     if size is None:
         size = torch.ones_like(x[:, :, 0], dtype=wide)
     x_gone, x_into = gather_tokens(x, goes), gather_tokens(x, into)
-    length_gone = torch.linalg.vector_norm(x_gone, dim=2, dtype=wide)
-    length_into = torch.linalg.vector_norm(x_into, dim=2, dtype=wide)
+    length_gone = _lengths(x_gone, wide)
+    length_into = _lengths(x_into, wide)
 
     # one average for each token that goes, of all that go into the same one, so those of one average come out equal
     size_into = size.gather(1, into)
@@ -144,7 +153,7 @@ def average_tokens(
     weight, own = weight / total.unsqueeze(2), size_into / total  # shares, because sums overflow in half precision
     mean = x_into * own.to(x.dtype).unsqueeze(2) + weight.to(x.dtype).bmm(x_gone)
     mean_length = length_into * own + (weight * length_gone.unsqueeze(1)).sum(dim=2)
-    length = torch.linalg.vector_norm(mean, dim=2, dtype=wide)
+    length = _lengths(mean, wide)
     kept = (length / mean_length.clamp(min=1e-12)).clamp(min=0.01)  # opposite tokens, or all zero, are left as they are
     mean = mean * kept.reciprocal().to(x.dtype).unsqueeze(2)
 
