@@ -332,6 +332,8 @@ def rows(positions: Tensor, num_tokens: int) -> Tensor:
     if is_one_image(positions.shape[0]):
         return positions.view(-1)
     sequence = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
+    if torch.compiler.is_compiling():  # the ONNX exporter of torch 2.8 takes no `alpha` that depends on the image size
+        return (positions + sequence * num_tokens).view(-1)
     return torch.add(positions, sequence, alpha=num_tokens).view(-1)
 
 
