@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_evo import count_gmacs
@@ -49,6 +50,7 @@ def test_threads_count_side_by_side_and_leave_attention_fused():
         seen.append(attention_flags())
     assert set(counted) == {expected} and len(counted) == 80
     assert {*seen, attention_flags()} == {flags}
+    assert not is_in_torch_dispatch_mode(), 'an older torch would compile nothing from now on'
 
 
 def attention_flags() -> tuple[bool, ...]:

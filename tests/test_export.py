@@ -2,6 +2,7 @@
 import warnings
 from pathlib import Path
 
+import onnx.inliner
 import onnxruntime
 import pytest
 import small_vits
@@ -69,7 +70,10 @@ def run(file: Path, images: Tensor) -> dict[str, Tensor]:
     session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
     logits = {'onnxruntime': session.run(None, {'images': images.numpy()})[0]}
     if openvino is not None:
-        compiled = openvino.Core().compile_model(file, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+        # an older torch leaves functions of its own in the file, which OpenVINO knows nothing of
+        onnx.save(onnx.inliner.inline_local_functions(onnx.load(file)), file.with_suffix('.inlined.onnx'))
+        compiled = openvino.Core().compile_model(
+            file.with_suffix('.inlined.onnx'), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
         logits['OpenVINO'], = compiled(images.numpy()).values()
     return {runtime: torch.from_numpy(values) for runtime, values in logits.items()}
 
@@ -143,7 +147,8 @@ def test_a_model_with_rotations_is_exported_with_an_open_image_size(settings):
     model = create_model('evo_vit_small_patch16_rope_mixed_224', SMALL | dict(dynamic_img_size=True) | settings)
     height, width = (4 * torch.export.Dim(name, min=4, max=32) for name in ('height', 'width'))
     shapes = ({0: torch.export.Dim('batch', max=64), 2: height, 3: width},)
-    exported = torch.export.export(model, (torch.randn(2, 3, 32, 40),), dynamic_shapes=shapes).module()
+    exported = if_dense_can(
+        lambda model: torch.export.export(model, (torch.randn(2, 3, 32, 40),), dynamic_shapes=shapes), model).module()
     for batch_size, size in ((1, (32, 32)), (3, (24, 40)), (2, (60, 36))):
         images = torch.randn(batch_size, 3, *size)
         torch.testing.assert_close(exported(images), model(images), rtol=0, atol=1e-4)

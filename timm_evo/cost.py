@@ -1,4 +1,5 @@
 """ Arithmetic cost of a model """
+import threading
 from math import prod
 
 import torch
@@ -7,6 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 __all__ = ['count_gmacs']
+
+# of counts: PyTorch notes for the whole process that a mode is on, which would stay so if two ended out of order, and
+# Dynamo of torch 2.5 to 2.8 would compile nothing from then on
+_turn = threading.RLock()
 
 
 class _FlopCounter(TorchDispatchMode):
@@ -40,6 +45,6 @@ def count_gmacs(model: nn.Module, image: Tensor) -> float:
             make an evolved model compute its last block as a whole; this counter sets none.
         image: A batch of one image (1, C, H, W).
     """
-    with _FlopCounter() as counter:
+    with _turn, _FlopCounter() as counter:
         model(image)
     return counter.flops / 2e9
