@@ -80,7 +80,7 @@ def gather_rotations(rotation: Tensor, positions: Tensor, num_prefix_tokens: int
         row = places.unsqueeze(1)
         if rotation.dim() == 3:  # the tables of all heads, one below the other
             table = torch.arange(rotation.shape[0], device=row.device).unsqueeze(1)
-            row = torch.add(row, table, alpha=rotation.shape[1])
+            row = row + table * rotation.shape[1]
         rotation = rotation.flatten(0, -2).index_select(0, row.view(-1))
         rotation = rotation.view(row.shape[0], row.shape[1], row.shape[2], rotation.shape[1])
     if not representative:
@@ -332,9 +332,7 @@ def rows(positions: Tensor, num_tokens: int) -> Tensor:
     if is_one_image(positions.shape[0]):
         return positions.view(-1)
     sequence = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
-    if torch.compiler.is_compiling():  # the ONNX exporter of torch 2.8 takes no `alpha` that depends on the image size
-        return (positions + sequence * num_tokens).view(-1)
-    return torch.add(positions, sequence, alpha=num_tokens).view(-1)
+    return (positions + sequence * num_tokens).view(-1)  # no `alpha`, of which torch 2.8 exports no open size to ONNX
 
 
 @torch.fx.wrap
