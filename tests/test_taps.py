@@ -461,7 +461,7 @@ def build_any(kind: str):
     lambda model: (wrap_for_checkpointing(model), gradients(model)),
     lambda model: (wrap_for_checkpointing(model, checkpoint_impl=_reentrant()), gradients(model)),
     lambda model: torch.fx.symbolic_trace(model, concrete_args=dict(attn_mask=None, is_causal=False))(images()),
-    lambda model: torch.jit.trace(model, images(), check_trace=False)(images()),
+    lambda model: torch.jit.trace(model, images())(images()),
     pytest.param(lambda model: torch.compile(model, backend='aot_eager')(images()), marks=pytest.mark.slow),
     pytest.param(lambda model: compile_blocks(model)(images()), marks=pytest.mark.slow),
     pytest.param(
