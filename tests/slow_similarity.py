@@ -92,6 +92,6 @@ def _hand_over(model, groups: list[Group], num_left: int, width: int | None) -> 
 
 def _loss(model, a: Group, b: Group) -> float:
     """What an average would lose of both."""
-    features = [model.fc_norm(model.norm(group.token)) for group in (a, b)]
+    features = [model.norm(group.token) for group in (a, b)]
     cosine = features[0] @ features[1] / (features[0].norm() * features[1].norm())
     return ((1 - cosine) * a.size * b.size / (a.size + b.size)).item()

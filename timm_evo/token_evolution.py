@@ -44,21 +44,15 @@ else:
     _Dense = object
 
 
-def _is_sharded_norm(norm: nn.Module) -> bool:
-    # not `is_sharded`, which takes longer, and this is asked at every selection
-    return is_sharded_weight(getattr(norm, 'weight', None))
+class _PastHooks(nn.Module):
+    """A norm without the hooks on it."""
 
-
-class _Norms(nn.Module):
-    """The norms before a head, one after the other, past the hooks on them."""
-
-    def __init__(self, norm: nn.Module, fc_norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm = norm
-        self.fc_norm = fc_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc_norm.forward(self.norm.forward(x))
+        return self.norm.forward(x)
 
 
 def _call_by_name(block: nn.Module, names: tuple[str, ...], x: Tensor, *values: Tensor) -> Tensor:
@@ -435,25 +429,24 @@ class TokenEvolution(ClassAttentionBeside, Evolved, _Dense):
             grid_width if size is None else None)
 
     def _likeness_features(self, x: Tensor) -> Tensor:
-        """What tells which tokens are alike: the tokens as the head would see them, (B, L, C).
+        """What tells which tokens are alike: the tokens as they would leave the model's last norm, (B, L, C).
 
-        A model without a final norm, such as one of `features_only=True`, compares the tokens as they are.
+        Where it has none, as a backbone of `features_only=True`, or one behind the pooling, which pruning takes away:
+        the tokens as they are.
         """
         with torch.no_grad():  # positions come of it, which have no gradient
             if not torch.jit.is_scripting():
-                if _is_sharded_norm(self.norm) or _is_sharded_norm(self.fc_norm):
+                if is_sharded_weight(getattr(self.norm, 'weight', None)):
                     return self._gathered_likeness_features(x)
-            # not by a call, which hooks on the norm would take for that of the final tokens
-            return self.fc_norm.forward(self.norm.forward(x))
+            return self.norm.forward(x)  # not by a call, which hooks on it would take for that of the final tokens
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def _gathered_likeness_features(self, x: Tensor) -> Tensor:
-        """See `_likeness_features`, for norms whose weights are whole only while they are called."""
-        norms = _Norms(self.norm, self.fc_norm)
+        """See `_likeness_features`, for a norm whose weights are whole only while it is called."""
         weights = {
-            name: weight.full_tensor().to(x)  # pyright: ignore[reportAttributeAccessIssue]  # a DTensor
-            for name, weight in norms.named_parameters() if is_sharded_weight(weight)}
-        return functional_call(norms, weights, x)
+            f'norm.{name}': weight.full_tensor().to(x)  # pyright: ignore[reportAttributeAccessIssue]  # a DTensor
+            for name, weight in self.norm.named_parameters()}
+        return functional_call(_PastHooks(self.norm), weights, x)
 
     def _give_back(self, x: Tensor, handed_over: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """All tokens (B, P + N, C), from those that are left (B, L, C) back through every time that some went."""
