@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 # In their own order: by default files of few tests come last, and the few of test_export.py take the longest.
 BY_FILE := --dist loadfile --no-loadscope-reorder --durations 15
-# the oldest timm of the range, which setup.cfg says
-OLDEST_TIMM := $(shell sed -n 's/^ *timm>=//p' setup.cfg)
+# the oldest timm of the range, which pyproject.toml says
+OLDEST_TIMM := $(shell sed -n 's/^ *"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST_TESTS := faithful method similarity eva taps short_block levit every_vit timm_api errors hub convert
 # what `make tests-torch` runs the tests with: a release such as 2.8.0, or the newest that goes with the other
 TORCH ?= newest
@@ -62,21 +62,23 @@ timm-suite few-of-timm-suite: $(VENV)/timm-suite
 	HF_HUB_OFFLINE=1 TIMEOUT=3600 PYTHONPATH=tests $(SUITE) -q -W ignore -p timm_suite \
 		--timm-models $(foreach model,$(MODELS),'$(model)') -- $</tests/test_models.py
 
-# pip comes last into an environment.
-$(BIN)/pip:
-	$(PYTHON) -m venv $(VENV)
+# An environment whose pip knows --group. Before 25.1 it does not, and a Python before 3.14 may bring such a pip.
+%/new-pip:
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet 'pip>=25.1'
+	touch $@
 
-$(VENV)/ready: setup.cfg pyproject.toml | $(BIN)/pip
-	$(BIN)/python -m pip install --quiet --editable '.[demo,test]'
+$(VENV)/ready: pyproject.toml | $(VENV)/new-pip
+	$(BIN)/python -m pip install --quiet --editable . --group test
 	touch $@
 
 # Without what the tests need, which takes minutes to install.
-$(VENV)/ready-for-demo: setup.cfg pyproject.toml | $(BIN)/pip
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+$(VENV)/ready-for-demo: pyproject.toml | $(VENV)/new-pip
+	$(BIN)/python -m pip install --quiet --editable . --group demo
 	touch $@
 
 $(VENV)/ready-for-docs: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
 $(VENV)/timm-$(OLDEST_TIMM): $(VENV)/ready
@@ -84,10 +86,9 @@ $(VENV)/timm-$(OLDEST_TIMM): $(VENV)/ready
 	touch $@
 
 # One call, in which pip finds the torchvision that goes with the torch.
-$(TORCH_VENV)/ready: setup.cfg pyproject.toml
-	$(PYTHON) -m venv $(@D)
+$(TORCH_VENV)/ready: pyproject.toml | $(TORCH_VENV)/new-pip
 	$(@D)/bin/python -m pip install --quiet $(call pin,torch,$(TORCH)) torchvision $(call pin,timm,$(TIMM)) \
-		--editable '.[demo,test]'
+		--editable . --group test
 	# torchao does not say which torch it needs, and peft and transformers fail with one that does not go with it
 	$(@D)/bin/python -c 'import torchao.quantization' || $(@D)/bin/python -m pip uninstall --quiet --yes torchao
 	touch $@

