@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DOCS_VENV := $(VENV)/docs
 # Models are small, so a core each is faster than all cores for one.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 # In their own order: by default files of few tests come last, and the few of test_export.py take the longest.
@@ -28,8 +29,8 @@ demo: $(VENV)/ready-for-demo
 	$(BIN)/python examples/digits.py
 
 # The documentation as a site, into site/; a link that leads nowhere is an error.
-docs: $(VENV)/ready-for-docs
-	$(BIN)/mkdocs build --strict
+docs: $(DOCS_VENV)/ready
+	$(DOCS_VENV)/bin/mkdocs build --strict
 
 test: lint tests tests-oldest-timm few-of-timm-suite
 
@@ -77,8 +78,9 @@ $(VENV)/ready-for-demo: pyproject.toml | $(VENV)/new-pip
 	$(BIN)/python -m pip install --quiet --editable . --group demo
 	touch $@
 
-$(VENV)/ready-for-docs: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --group docs
+# Of its own, and without this package: mkdocstrings reads the sources and imports neither torch nor timm.
+$(DOCS_VENV)/ready: pyproject.toml | $(DOCS_VENV)/new-pip
+	$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
 	touch $@
 
 $(VENV)/timm-$(OLDEST_TIMM): $(VENV)/ready
