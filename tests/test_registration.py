@@ -343,12 +343,14 @@ def test_make_takes_the_oldest_timm_of_the_range_or_the_versions_that_it_is_told
     assert 'install --quiet torch torchvision timm ' in commands('tests-torch', 'TORCH=newest', 'TIMM=newest')
 
 
-def test_continuous_integration_begins_at_the_oldest_versions():
+def test_continuous_integration_runs_with_the_versions_that_pyproject_names():
     workflow = ROOT / '.github' / 'workflows' / 'test.yml'
     if not workflow.exists():
         pytest.skip('a source distribution has no workflows')
     oldest, jobs = oldest_versions(), yaml.safe_load(workflow.read_text())['jobs']
-    assert jobs['test']['strategy']['matrix']['python-version'][0] == oldest['Python']
+    pythons = jobs['test']['strategy']['matrix']['python-version']
+    assert pythons[0] == oldest['Python']
+    assert pythons == re.findall(r'Python :: (3\.\d+)', '\n'.join(PYPROJECT['project']['classifiers']))
     matrix = jobs['versions']['strategy']['matrix']
     assert matrix['torch'][0].startswith(f'{oldest["torch"]}.') and matrix['timm'][0] == oldest['timm']
     assert matrix['torch'][-1] == matrix['timm'][-1] == 'newest'
