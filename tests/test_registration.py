@@ -382,7 +382,7 @@ def test_a_package_index_takes_both(sdist, wheel):
 def test_the_sdist_holds_what_the_tests_need(sdist):
     with tarfile.open(sdist) as file:
         names = {name.partition('/')[2] for name in file.getnames()}
-    files = [path for folder in ('tests', 'examples', 'timm_evo') for path in (ROOT / folder).rglob('*')]
+    files = [path for folder in ('tests', 'examples', 'recipes', 'timm_evo') for path in (ROOT / folder).rglob('*')]
     needed = {
         path.relative_to(ROOT).as_posix() for path in files if path.is_file() and '__pycache__' not in path.parts}
     assert needed | {'CHANGELOG.md', 'CITATION.cff', 'LICENSE', 'Makefile', 'README.md', 'pyproject.toml'} <= names
