@@ -19,22 +19,23 @@ from common.environment import describe_environment, summarise_environment
 from common.measuring import Variant, measure, summarise
 from common.report import write_report
 from common.results import add_results, markdown_table
-from timm.models.levit import model_cfgs as levit_cfgs
 from torch import nn
+
+import timm_evo
 
 BEFORE = 'timm_evo_before'
 TITLE = "This state of the library ('now') beside another ('before'), both evolved, and timm's dense model"
 DEITS = [f'deit_{size}_patch16_224' for size in ('tiny', 'small', 'base')]
-LEVITS = ['levit_128s', 'levit_256', 'levit_384']
-# models, pixels, batch size, and how they run
+DINO = 'vit_small_patch16_dinov3'
+LEVITS = ['levit_128s', 'levit_256']
+MODELS = [*((name, selection) for name in (*DEITS, DINO) for selection in ('similarity', 'stage')),
+          *((name, 'stage') for name in LEVITS)]
+FEW = [(DEITS[0], 'similarity'), (DEITS[0], 'stage'), (DINO, 'similarity'), (LEVITS[0], 'stage')]  # that compile soon
+# models and selections, batch size, and how they run
 SETTINGS = [
-    *((DEITS, 224, batch_size, {}) for batch_size in (1, 16)),
-    *((DEITS, 384, batch_size, {}) for batch_size in (1, 4)),
-    *((LEVITS, 224, batch_size, {}) for batch_size in (1, 16)),
-    (DEITS[:2], 224, 16, {'train': True}),
-    (LEVITS[:1], 224, 16, {'train': True}),
-    *((DEITS[:2], 224, batch_size, {'compile_mode': 'default'}) for batch_size in (1, 16)),
-    *((LEVITS[:1], 224, batch_size, {'compile_mode': 'default'}) for batch_size in (1, 16)),
+    *((MODELS, batch_size, {}) for batch_size in (1, 16)),
+    *((FEW, batch_size, {'compile_mode': 'default'}) for batch_size in (1, 16)),
+    (FEW, 16, {'train': True}),
 ]
 
 
@@ -45,26 +46,26 @@ def import_before(checkout: Path) -> None:
     sys.modules[BEFORE] = package
 
 
-def build_before(dense: str, img_size: int) -> nn.Module:
-    if dense in levit_cfgs:
-        return importlib.import_module(f'{BEFORE}.levit').EvoLevit(img_size, **levit_cfgs[dense])
-    modules = ('instances', 'vision_transformer')  # of `evolve`, newest first
-    module = next(name for name in modules if (Path(sys.modules[BEFORE].__path__[0]) / f'{name}.py').exists())
-    return importlib.import_module(f'{BEFORE}.{module}').evolve(timm.create_model(dense, img_size=img_size))
+def build_before(dense: str, selection: str) -> nn.Module:
+    # where `evolve` stood, newest first
+    for name in ('api', 'instances', 'vision_transformer'):
+        if (Path(sys.modules[BEFORE].__path__[0]) / f'{name}.py').exists():
+            evolve = importlib.import_module(f'{BEFORE}.{name}').evolve
+            return evolve(timm.create_model(dense), selection=selection)
+    raise FileNotFoundError('The checkout has no evolve.')
 
 
-def variants_of(dense: str, img_size: int) -> list[Variant]:
-    size = {'img_size': img_size}
+def variants_of(dense: str, selection: str) -> list[Variant]:
     return [
-        Variant('dense', dense, size, 'dense'),
-        Variant('before', dense, size, 'dense', lambda: build_before(dense, img_size)),
-        Variant('now', f'evo_{dense}', size, 'dense'),
+        Variant('dense', dense, {}, 'dense'),
+        Variant('before', dense, {}, 'dense', lambda: build_before(dense, selection)),
+        Variant('now', dense, {}, 'dense', lambda: timm_evo.evolve(timm.create_model(dense), selection=selection)),
     ]
 
 
 def describe(row: dict) -> str:
     how = 'training' if row['how'].get('train') else 'compiled' if row['how'].get('compile_mode') else 'eager'
-    return f'{row["model"]}, {row["img_size"]}, batch {row["batch_size"]}, {how}'
+    return f'{row["model"]}, {row["selection"]}, batch {row["batch_size"]}, {how}'
 
 
 def format_table(rows: list[dict]) -> str:
@@ -104,13 +105,13 @@ def main() -> None:
     args = parse_args()
     import_before(args.checkout)
     rows = []
-    for models, img_size, batch_size, how in SETTINGS:
-        for dense in models:
-            row = {'model': dense, 'img_size': img_size, 'batch_size': batch_size, 'how': how}
+    for models, batch_size, how in SETTINGS:
+        for dense, selection in models:
+            row = {'model': dense, 'selection': selection, 'batch_size': batch_size, 'how': how}
             if args.only not in describe(row):
                 continue
             print(describe(row))
-            variants = variants_of(dense, img_size)
+            variants = variants_of(dense, selection)
             results = measure(
                 variants, rounds=args.rounds * (3 if batch_size == 1 else 1), device=args.device, dtype=torch.float32,
                 batch_size=batch_size, **how)
