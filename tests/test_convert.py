@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from test_faithful import Reference
+from this_torch import load_folder
 
 from timm_evo import checkpoints, cli, hub
 
@@ -73,7 +74,7 @@ def test_a_converted_model_gives_the_logits_of_the_authors(name, form, tmp_path)
     torch.save(wrap(reference.group('state.')), tmp_path / 'checkpoint.pth')
     convert(tmp_path / 'checkpoint.pth', tmp_path / 'model', name, *model_kwargs(reference), *options)
 
-    model = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    model = load_folder(tmp_path / 'model').eval()
     mode = 'stage' if 'deit' in name else 'stage.learned'
     torch.testing.assert_close(model(reference['input']), reference[f'eval.{mode}.logits'], rtol=0, atol=1e-4)
 
@@ -85,7 +86,7 @@ def test_safetensors_and_another_mode(tmp_path):
     save_file({k: v.clone() for k, v in reference.group('state.').items()}, tmp_path / 'official.safetensors')
     convert(tmp_path / 'official.safetensors', tmp_path / 'model', 'evo_levit_a', *model_kwargs(reference),
             'selection=layer', 'learn_tradeoff=False')
-    model = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    model = load_folder(tmp_path / 'model').eval()
     torch.testing.assert_close(model(reference['input']), reference['eval.layer.fixed.logits'], rtol=0, atol=1e-4)
 
 

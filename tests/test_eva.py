@@ -16,7 +16,8 @@ from timm.models.eva import Eva
 from torch import nn
 
 import timm_evo
-from timm_evo import EvoEva, short_block
+from timm_evo import EvoEva
+from timm_evo.models import short_block
 
 # What makes up the models that timm has: EVA and EVA-02 with their CLIP towers, DINOv3, Sapiens 2, ROPE-ViT, Perception
 # Encoder and the ViTs of timm itself.

@@ -8,13 +8,14 @@ import timm
 import torch
 import torch._dynamo.testing
 from small_vits import create, images
+from this_torch import load_folder
 from timm.models import VisionTransformer, get_arch_pretrained_cfgs
 from timm.models._hub import save_for_hf
 from torch import nn
 
 import timm_evo
 from timm_evo import EvoVisionTransformer, evolve, hub, restore
-from timm_evo.schedule import make_schedule, segments
+from timm_evo.method.schedule import make_schedule, segments
 
 # One name of each family, see `small_vits`.
 FAMILIES = [
@@ -65,7 +66,7 @@ def test_twins_are_built_as_timm_builds_the_dense_models(monkeypatch):
 
     names = 'vision_transformer', 'vision_transformer_hybrid', 'deit', 'levit', 'eva'
     modules = [f'timm.models.{name}' for name in names]
-    for module in [*modules, 'timm_evo.registry']:
+    for module in [*modules, 'timm_evo.models.registry']:
         monkeypatch.setattr(f'{module}.build_model_with_cfg', build)
     for name in REGISTERED:
         if 'levit' in name:
@@ -339,7 +340,7 @@ def test_a_saved_model_has_the_arguments_as_they_were_set(tmp_path):
     skip_without_arguments(model)
     model.set_evolution(keep_ratio=0.7)
     hub.save(model, tmp_path / 'model')
-    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    loaded = load_folder(tmp_path / 'model').eval()
     assert torch.equal(loaded(images(model)), model(images(model)))
 
 
@@ -370,7 +371,7 @@ def test_an_instance_that_evolve_has_made_is_saved_by_timm_as_dense(tmp_path):
     skip_without_arguments(model)
     model.set_evolution(keep_ratio=0.7)
     save_for_hf(model, tmp_path / 'model', safe_serialization=True)
-    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
+    loaded = load_folder(tmp_path / 'model')
     assert type(loaded) is VisionTransformer
 
 
@@ -383,7 +384,7 @@ def test_a_restored_model_is_saved_as_dense(name, tmp_path):
     model.set_evolution(keep_ratio=0.7)
     assert restore(model).pretrained_cfg['architecture'] == 'test_vit'
     save_for_hf(model, tmp_path / 'model', safe_serialization=True)
-    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    loaded = load_folder(tmp_path / 'model').eval()
     x = torch.randn(2, 3, 160, 160)
     assert type(loaded) is VisionTransformer and torch.equal(loaded(x), model(x))
 
@@ -394,7 +395,7 @@ def test_a_model_without_a_dense_twin_is_restored_to_what_it_was_built_from(tmp_
     restore(model)
     assert model.pretrained_cfg['architecture'] == 'deit_small_patch16_224'
     save_for_hf(model, tmp_path / 'model', safe_serialization=True)
-    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    loaded = load_folder(tmp_path / 'model').eval()
     x = torch.randn(1, 3, 384, 384)
     assert type(loaded) is VisionTransformer and torch.equal(loaded(x), model(x))
 

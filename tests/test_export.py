@@ -1,4 +1,6 @@
 """What is exported or traced gives the logits of the model, for any number of images."""
+import copy
+import gc
 import warnings
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from this_torch import ANY_SIZE, if_dense_can
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor, nn
 
-from timm_evo import evolution
+import timm_evo
+from timm_evo.method import sequences
 
 try:
     import openvino
@@ -119,6 +122,75 @@ def test_every_kind_of_vit_is_exported(name, tmp_path):
             assert difference < 1e-4, f'{runtime}, batch {batch_size}: {difference}'
 
 
+@pytest.mark.parametrize('name, settings', [
+    ('evo_deit_tiny_patch16_224', dict()),
+    ('evo_deit_tiny_patch16_224', SIMILARITY),
+    ('evo_deit_tiny_patch16_224', dict(layerwise_updates=2)),
+    ('evo_levit_128s', dict()),
+])
+@torch.no_grad()
+def test_a_model_within_another_one_is_scripted_and_is_itself_afterwards(name, settings):
+    model = create_model(name, (dict() if 'levit' in name else SMALL) | settings)
+    size = model.pretrained_cfg['input_size'] if 'levit' in name else (3, SMALL['img_size'], SMALL['img_size'])
+    images = torch.randn(2, *size)
+    expected = model(images)
+    around = nn.Sequential(nn.Identity(), model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)  # torch.jit.script is deprecated
+        scripted = torch.jit.script(around)
+    torch.testing.assert_close(scripted(images), expected)
+
+    copied = copy.deepcopy(around)
+    assert type(copied[1]) is type(model)
+    for each in (around, copied):
+        assert torch.equal(each(images), expected)
+        assert isinstance(each[1], type(model)) and repr(each[1]) == repr(model)
+        for method in ('forward_features', 'forward_intermediates'):
+            torch.testing.assert_close(getattr(each[1], method)(images), getattr(model, method)(images))
+    around[1].set_evolution(keep_ratio=0.9)
+    assert model.evolution['keep_ratio'] == 0.9 and torch.equal(around(images), model(images))
+    torch.testing.assert_close(torch.compile(around, backend='eager', fullgraph=True)(images), model(images))
+    timm_evo.restore(around[1])
+    assert torch.equal(around(images), model(images)) and 'Evo' not in type(model).__name__
+
+
+def test_a_model_that_is_scripted_within_another_one_goes_on_counting():
+    around = nn.Sequential(nn.Identity(), create_model('evo_deit_tiny_patch16_224', SMALL | dict(layerwise_updates=5)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)  # torch.jit.script is deprecated
+        torch.jit.script(around)
+    gc.collect()
+    optimizer = torch.optim.SGD(around.train().parameters(), lr=1e-3)
+    for _ in range(3):
+        around(torch.randn(2, 3, SMALL['img_size'], SMALL['img_size'])).square().mean().backward()
+        optimizer.step()
+    assert int(around[1].num_updates) == 3
+
+
+def test_a_backbone_is_scripted_where_the_dense_one_is():
+    backbone = create_model('evo_levit_128s', dict(features_only=True, out_indices=(0, 1)))
+    images = torch.randn(2, 3, 224, 224)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter('ignore', FutureWarning)  # torch.jit.script is deprecated
+        maps = backbone(images)
+        torch.testing.assert_close(torch.jit.script(backbone)(images), maps)
+        torch.testing.assert_close(backbone(images), maps)
+
+
+class OwnForward(timm_evo.EvoVisionTransformer):
+
+    def forward(self, x):
+        return self.forward_features(x)[:, 0]
+
+
+def test_a_forward_of_a_users_class_is_scripted_as_it_is():
+    model = OwnForward(**SMALL, selection='stage').eval()
+    images = torch.randn(2, 3, SMALL['img_size'], SMALL['img_size'])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)  # torch.jit.script is deprecated
+        torch.testing.assert_close(torch.jit.script(model)(images), model(images))
+
+
 @pytest.mark.parametrize('settings', [
     dict(),
     pytest.param(dict(selection='layer', keep_ratio=0.7, fast_update=False), marks=pytest.mark.slow),
@@ -183,8 +255,8 @@ def test_one_image_takes_the_fewer_steps_in_compiled_code_too():
         torch._dynamo.reset()
         graphs = []
         compiled = torch.compile(
-            evolution.rows, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
-        assert torch.equal(compiled(positions, 5), evolution.rows(positions, 5))
+            sequences.rows, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+        assert torch.equal(compiled(positions, 5), sequences.rows(positions, 5))
         return len(graphs[0].graph.nodes)
 
     assert count_steps(torch.tensor([[3, 1]])) < count_steps(torch.tensor([[3, 1], [0, 2]]))

@@ -23,11 +23,14 @@ import torch
 from loopback_hub import HubFile, LoopbackHub, Request
 from safetensors.torch import load, load_file
 from test_faithful import Reference
+from this_torch import load_folder as reload
+from this_torch import skip_without_folders
 from timm.models import push_to_hf_hub, save_for_hf
 from torch import nn
 
-from timm_evo import cli, download
+from timm_evo import cli
 from timm_evo import hub as evolved_hub
+from timm_evo.models import download
 
 REPOSITORY = 'timm/test_vit.r160_in1k'
 WEIGHTS = 'model.safetensors'
@@ -502,7 +505,7 @@ def test_a_saved_model_comes_back_from_its_folder_and_from_the_hub(hub, client, 
     arguments = {key: value for key, value in ROUND_TRIPS[name].items() if key != 'img_size'}  # height and width there
     assert {key: config['model_args'][key] for key in arguments} == arguments
 
-    local = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    local = reload(folder).eval()
     assert type(local) is type(model) and local.schedule == model.schedule
     assert torch.equal(classify(local, image_size), classify(model, image_size))
 
@@ -516,6 +519,7 @@ def test_a_saved_model_comes_back_from_its_folder_and_from_the_hub(hub, client, 
 
 @pytest.mark.parametrize('name, function', [('evo_test_vit', push), ('evo_deit_tiny_patch16_224', push_with_card)])
 def test_a_pushed_model_comes_back_from_the_hub(hub, client, tmp_path, name, function):
+    skip_without_folders()
     folder, image_size = tmp_path / 'saved', ROUND_TRIPS[name].get('img_size', 160)
     model = save_evolved(name, folder)
     commit = client.call(function, str(folder), 'somebody/pushed', name)
@@ -545,10 +549,6 @@ def test_a_converted_checkpoint_is_pushed(hub, client, tmp_path):
 @pytest.fixture
 def small() -> nn.Module:
     return timm.create_model('evo_test_vit')
-
-
-def reload(folder: Path) -> nn.Module:
-    return timm.create_model(f'local-dir:{folder}', pretrained=True)
 
 
 def assert_saved(model: nn.Module, folder: Path) -> None:

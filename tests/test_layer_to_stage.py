@@ -5,6 +5,7 @@ Nothing tells the model about updates: the loops here are those of any training 
 import copy
 import gc
 import io
+import subprocess
 import sys
 import threading
 import warnings
@@ -21,7 +22,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from timm_evo import evolve
-from timm_evo.schedule import make_layerwise, make_pyramid_schedule, make_schedule
+from timm_evo.method.schedule import make_layerwise, make_pyramid_schedule, make_schedule
 
 DEIT = dict(img_size=32, patch_size=4, embed_dim=32, depth=6, num_heads=2, num_classes=7, start_block=2, stage_depth=2)
 LEVIT = dict(img_size=64, stem_type='s8', embed_dim=(16, 24), key_dim=8, depth=(4, 3), num_heads=(2, 3), num_classes=7)
@@ -645,6 +646,20 @@ def test_a_compiled_average_follows_when_it_is_set_to_evaluation():
         compiled.eval()
         expected = logits_as(average.module, selection='layer' if updates < N else 'stage')
         torch.testing.assert_close(compiled(images(model)), expected)
+
+
+def test_a_model_without_it_carries_nothing_of_it():
+    code = """
+import timm
+from torch.optim import optimizer
+model = timm.create_model('evo_test_vit', selection='stage')
+print([cls.__name__ for cls in type(model).__mro__ if cls.__name__ == 'LayerToStage'])
+print(hasattr(model, 'num_updates'), len(optimizer._global_optimizer_post_hooks))
+model.set_evolution(layerwise_updates=2)
+print(int(model.num_updates), len(optimizer._global_optimizer_post_hooks))
+"""
+    printed = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == ['[]', 'False 0', '0 1']
 
 
 @quick('evo_deit_tiny_patch16_224', 'evo_levit_cls_128s')

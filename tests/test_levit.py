@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from timm_evo import EvoLevit, evolve, restore
-from timm_evo.schedule import make_pyramid_schedule
+from timm_evo.method.schedule import make_pyramid_schedule
 
 SCHEMES = {'biases': dict(), 'class token': dict(class_token=True)}
 NAMES = ['evo_levit_128s', 'evo_levit_cls_128s']
@@ -479,6 +479,18 @@ def test_a_refused_change_leaves_the_model_as_it_was(name, arguments, error, mes
     with pytest.raises(error, match=message):
         model.set_evolution(**arguments)
     assert model.evolution == evolution and torch.equal(model(x), logits)
+
+
+def test_a_subclass_keeps_its_own_parts():
+    class WithClassHead(LevitDistilled):
+        def __init__(self, **kwargs) -> None:
+            super().__init__(**kwargs)
+            self.head_cls = nn.Linear(3, 3)
+
+    own = dict(img_size=64, stem_type='s8', embed_dim=(16, 24), key_dim=8, depth=(4, 3), num_heads=(2, 3))
+    model = evolve(WithClassHead(**own).eval())
+    model(images(2, 64, 64, torch.float32))
+    assert type(restore(model).head_cls) is nn.Linear
 
 
 def test_what_is_learned_is_not_set():

@@ -7,8 +7,9 @@ import torch
 from slow_evolution import assert_equal_after_every_block, assert_equal_gradients, evolve_slowly
 from torch import nn
 
-from timm_evo import EvoVisionTransformer, EvoVisionTransformerDistilled, evolution
-from timm_evo.schedule import make_schedule, segments
+from timm_evo import EvoVisionTransformer, EvoVisionTransformerDistilled
+from timm_evo.method import published
+from timm_evo.method.schedule import make_schedule, segments
 
 SMALL = dict(img_size=24, patch_size=4, embed_dim=24, depth=7, num_heads=3, num_classes=5)
 KINDS = {
@@ -201,19 +202,19 @@ def test_scores_are_those_of_an_adapted_projection(kind):
 def test_scores_that_all_underflow_give_no_nan():
     scores = torch.tensor([[0., 1., 0., 0.]])
     slow = torch.tensor([[0, 1]])
-    assert torch.isfinite(evolution.representative_token(torch.randn(1, 4, 3), scores, slow)).all()
+    assert torch.isfinite(published.representative_token(torch.randn(1, 4, 3), scores, slow)).all()
 
 
 def test_half_precision_scores_are_ranked_in_float32():
     query, keys = torch.randn(1, 2, 4).bfloat16(), torch.randn(1, 2, 50, 4).bfloat16()
-    attention = evolution.class_attention(query, keys, 1.0)
-    expected = evolution.class_attention(query.double(), keys.double(), 1.0)
+    attention = published.class_attention(query, keys, 1.0)
+    expected = published.class_attention(query.double(), keys.double(), 1.0)
     torch.testing.assert_close(attention, expected.float())
 
 
 def test_products_that_overflow_in_half_precision_are_attended_to_as_in_the_dense_model():
     query, keys = torch.full((1, 1, 4), 300.).half(), torch.full((1, 1, 3, 4), 300.).half()  # products of 360000
-    torch.testing.assert_close(evolution.class_attention(query, keys, 0.01), torch.full((1, 3), 1 / 3))
+    torch.testing.assert_close(published.class_attention(query, keys, 0.01), torch.full((1, 3), 1 / 3))
 
 
 def test_segments_are_block_ranges():

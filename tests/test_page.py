@@ -9,7 +9,8 @@ import timm
 import torch
 from PIL import Image
 
-from timm_evo import trace, visualization
+from timm_evo import trace
+from timm_evo.inspection import visualization
 
 webdriver = pytest.importorskip('selenium.webdriver')
 CHROMIUM, DRIVER = shutil.which('chromium'), shutil.which('chromedriver')

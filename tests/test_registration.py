@@ -19,7 +19,7 @@ import pytest
 import timm
 import yaml
 
-from timm_evo.registry import TIMM_MIN_VERSION
+from timm_evo.models.registry import TIMM_MIN_VERSION
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -72,7 +72,7 @@ def test_models_are_listed_after_importing_timm_alone():
     pytest.param('1', 'import timm_evo.entrypoints, timm', marks=pytest.mark.slow),
     pytest.param('0', 'import timm, timm_evo', marks=pytest.mark.slow),
     pytest.param('0', 'import timm_evo, torch, timm, timm_evo', marks=pytest.mark.slow),
-    ('0', 'import timm_evo.vision_transformer, timm'),
+    ('0', 'import timm_evo.models.vision_transformer, timm'),
 ])
 def test_any_order_of_imports_registers_once(autoload, imports):
     code = f'{imports}; print(timm.list_models("evo_*")); timm.create_model("evo_test_vit")'
@@ -197,7 +197,9 @@ default_cfgs = {{name: dict(url='', input_size=(3, 32, 32), num_classes=1000) fo
 for name in {TAKEN}:
     register_model(entrypoint(name))
 import timm_evo
-from timm_evo import building, checkpoints, hub, registry, summary
+from timm_evo import checkpoints, hub
+from timm_evo.inspection import building, info
+from timm_evo.models import registry
 """
 
 
@@ -219,9 +221,9 @@ def refused(function, *args, **kwargs):
     except (TypeError, ValueError) as error:
         return error
 
-print(refused(summary.summarise, 'evo_foo'))
-print(refused(summary.summarise, 'foo'))
-print(refused(summary.summarise, 'deit_tiny_patch16_224'))
+print(refused(info.summarise, 'evo_foo'))
+print(refused(info.summarise, 'foo'))
+print(refused(info.summarise, 'deit_tiny_patch16_224'))
 print(refused(hub.save, timm.create_model('evo_foo'), '{tmp_path}/model'))
 model = timm_evo.evolve(timm.create_model('evo_foo'))
 print(refused(hub.save, model, '{tmp_path}/model'))
@@ -273,8 +275,7 @@ def test_an_explicit_import_raises_what_was_warned_of(tmp_path):
 
 
 def test_torch_and_timm_survive_a_broken_install(tmp_path):
-    sources = {f'timm_evo/{path.name}': path.read_text() for path in (ROOT / 'timm_evo').glob('*.py')}
-    write_files(tmp_path, sources | {'timm_evo/registry.py': 'broken ='})
+    write_files(tmp_path, sources() | {'timm_evo/models/registry.py': 'broken ='})
     result = run('import torch, timm; print(timm.list_models("evo_*"))', PYTHONPATH=str(tmp_path))
     assert result.stdout.strip() == '[]', result.stderr
     assert len(re.findall('RuntimeWarning: timm-evo .* SyntaxError', result.stderr)) == 1, result.stderr
@@ -283,11 +284,15 @@ def test_torch_and_timm_survive_a_broken_install(tmp_path):
 
 
 def test_what_is_broken_beyond_registration_is_raised_where_a_model_is_created(tmp_path):
-    sources = {f'timm_evo/{path.name}': path.read_text() for path in (ROOT / 'timm_evo').glob('*.py')}
-    write_files(tmp_path, sources | {'timm_evo/evolution.py': 'broken ='})
+    write_files(tmp_path, sources() | {'timm_evo/method/published.py': 'broken ='})
     result = run('import torch, timm; print("fine"); timm.create_model("evo_test_vit")', PYTHONPATH=str(tmp_path))
     assert result.stdout.strip() == 'fine' and 'RuntimeWarning' not in result.stderr
     assert 'SyntaxError' in result.stderr.splitlines()[-1]
+
+
+def sources() -> dict[str, str]:
+    """The modules of the package by their paths."""
+    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / 'timm_evo').rglob('*.py')}
 
 
 def write_files(folder: Path, files: dict[str, str]) -> None:
@@ -392,9 +397,7 @@ def test_the_sdist_holds_what_the_tests_need(sdist):
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         files = {name: file.read(name).decode() for name in file.namelist()}
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'timm_evo').rglob('*')
-               if path.is_file() and '__pycache__' not in path.parts}
-    assert {'py.typed', 'page.html'} <= {Path(path).name for path in package}
+    package = {*sources(), 'timm_evo/py.typed', 'timm_evo/inspection/page.html'}
     assert {name for name in files if '.dist-info/' not in name} == package
     text = {name.split('/', 1)[1]: content for name, content in files.items() if name not in package}
     assert '[torch.backends]' in text['entry_points.txt'] and '[console_scripts]' in text['entry_points.txt']

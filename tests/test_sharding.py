@@ -131,7 +131,7 @@ def train(model: nn.Module, rank: int | None = None) -> dict:
         seen['logits'].append(logits.detach())
         seen['gradients'].append(whole_gradients(model))
         optimizer.step()
-        seen['counts'].append(None if evolved.num_updates is None else int(evolved.num_updates))
+        seen['counts'].append(int(evolved.num_updates) if hasattr(evolved, 'num_updates') else None)
     seen['weights'] = whole_weights(model)
     model.eval()
     with torch.no_grad():

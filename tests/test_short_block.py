@@ -8,8 +8,9 @@ from timm.utils import AttentionExtract
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from timm_evo import EvoVisionTransformer, short_block
-from timm_evo.vision_transformer import TokenEvolution
+from timm_evo import EvoVisionTransformer
+from timm_evo.models import short_block
+from timm_evo.models.flat import FlatModel
 
 # those with a token for the head, and attention that can be folded
 SHORT = ['class token', 'registers', 'layer scale', 'no qkv bias', 'distilled']
@@ -19,7 +20,7 @@ def images(batch_size: int = 3) -> Tensor:
     return torch.randn(batch_size, 3, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def long_forward(model: TokenEvolution, x: Tensor) -> Tensor:
+def long_forward(model: FlatModel, x: Tensor) -> Tensor:
     return model.forward_head(model.forward_features(x))
 
 
@@ -124,7 +125,7 @@ def test_another_attention_goes_through_the_block_as_it_is(model, lengths):
 def watch_with_hook(method: str, place: str):
     """Places a hook that notes the number of tokens that come by."""
 
-    def watch(model: TokenEvolution, seen: list[int]) -> None:
+    def watch(model: FlatModel, seen: list[int]) -> None:
         def hook(module, *values):
             tensors = [v for value in values for v in (value if isinstance(value, tuple) else (value,))]
             seen.extend(v.shape[1] for v in tensors if isinstance(v, Tensor) and v.dim() == 3)
@@ -137,7 +138,7 @@ def watch_with_hook(method: str, place: str):
 def watch_with_own_forward(place: str):
     """Replaces `forward` of one module, as attention maps are usually taken."""
 
-    def watch(model: TokenEvolution, seen: list[int]) -> None:
+    def watch(model: FlatModel, seen: list[int]) -> None:
         module = model.get_submodule(place)
         forward = module.forward
 
@@ -162,7 +163,7 @@ def watch_with_module(place: str):
             self.seen.append(x.shape[1])
             return self.module(x, **kwargs)
 
-    def watch(model: TokenEvolution, seen: list[int]) -> None:
+    def watch(model: FlatModel, seen: list[int]) -> None:
         parent, _, name = place.rpartition('.')
         setattr(model.get_submodule(parent), name, Watching(model.get_submodule(place), seen))
 
@@ -172,7 +173,7 @@ def watch_with_module(place: str):
 def watch_with_method(name: str):
     """Replaces a method of the instance."""
 
-    def watch(model: TokenEvolution, seen: list[int]) -> None:
+    def watch(model: FlatModel, seen: list[int]) -> None:
         method = getattr(model, name)
 
         def own_method(x, *args, **kwargs):

@@ -11,7 +11,8 @@ from test_method import KINDS, SMALL, build
 
 import timm_evo
 from timm_evo import count_gmacs
-from timm_evo.schedule import make_similarity_schedule
+from timm_evo.method import similarity
+from timm_evo.method.schedule import make_similarity_schedule
 
 
 def random_settings(seed: int) -> dict:
@@ -177,10 +178,10 @@ def test_tokens_that_are_zero_or_cancel_out_give_finite_numbers(value):
     x = torch.ones(1, 4, 3)
     x[:, ::2] = value
     goes, into = torch.tensor([[0, 2]]), torch.tensor([[1, 3]])
-    left, follows = timm_evo.similarity.places_after(goes, into, 4)
+    left, follows = similarity.places_after(goes, into, 4)
     assert left.tolist() == [[1, 3]] and follows.tolist() == [[0, 0, 1, 1]]
     for tokens in (x, torch.zeros_like(x)):
-        averages, size = timm_evo.similarity.average_tokens(tokens, None, goes, into, left)
+        averages, size = similarity.average_tokens(tokens, None, goes, into, left)
         assert averages.isfinite().all() and size.log().isfinite().all()
 
 
@@ -201,9 +202,9 @@ def test_the_selection_changes_at_run_time():
     assert model.evolution['selection'] == 'stage'
     dense_keys = list(model.state_dict())
     model.set_evolution(selection='similarity', keep_ratio=0.7)
-    assert model.averages and list(model.state_dict()) == dense_keys
+    assert model.evolution['selection'] == 'similarity' and list(model.state_dict()) == dense_keys
     model.set_evolution(selection='layer', tradeoff=0.3)
-    assert not model.averages
+    assert model.evolution['selection'] == 'layer'
 
 
 def test_the_papers_own_names_are_as_published_and_all_others_take_similarity():

@@ -22,7 +22,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import prune
 
 import timm_evo
-from timm_evo import EvoVisionTransformer, evolve, restore, taps
+from timm_evo import EvoVisionTransformer, evolve, restore
+from timm_evo.models import taps
 
 BLOCKS = {
     'norms behind the branches': dict(block_fn=ResPostBlock, init_values=0.8),

@@ -38,7 +38,7 @@ def used_names(file: Path) -> set[str]:
 
 
 def test_no_other_module_says_a_private_name_of_torch():
-    files = [file for file in PACKAGE.glob('*.py') if file.name != 'torch_private.py']
+    files = [file for file in PACKAGE.rglob('*.py') if file.name != 'torch_private.py']
     assert used_names(PACKAGE / 'torch_private.py')
     assert {file.name: used for file in files if (used := used_names(file) - OVERRIDDEN)} == {}
 

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
 import timm_evo
-from timm_evo import building, checkpoints, cli, visualization
+from timm_evo import checkpoints, cli
+from timm_evo.inspection import building, visualization
 
 SMALL = dict(img_size=48, patch_size=8, embed_dim=48, num_heads=3, depth=6)
 

@@ -76,7 +76,7 @@ def test_each_token_has_the_value_of_the_one_that_it_is_or_follows(kind, setting
             torch.testing.assert_close(whole[alone], patches[alone], rtol=0, atol=1e-12)
         else:
             assert torch.equal(whole[slow], patches[slow])
-            last = present[:, -1:] if model.fast_update else torch.zeros_like(present[:, -1:])
+            last = present[:, -1:] if model.evolution['fast_update'] else torch.zeros_like(present[:, -1:])
             assert torch.equal(whole[~slow], last.expand_as(whole)[~slow])
 
 
@@ -109,7 +109,7 @@ def test_a_levit_has_a_smaller_grid_in_each_stage(scheme, settings):
                 assert whole is seen[block]
                 continue
             slow = selection.slow.flatten(1)
-            last = seen[block][:, -1:] if model.fast_update else torch.zeros_like(seen[block][:, -1:])
+            last = seen[block][:, -1:] if model.evolution['fast_update'] else torch.zeros_like(seen[block][:, -1:])
             patches = whole[:, num_prefix_tokens:]
             assert torch.equal(patches[~slow], last.expand_as(patches)[~slow])
             for image in range(len(x)):  # each of the tokens present once
@@ -333,6 +333,33 @@ def test_grids_within_each_other():
         seen = watch(model, {'last': model.blocks[-1]}, lambda out: (outer.tokens(out), inner.tokens(out)))
         model(x)
     assert torch.equal(*seen['last'])
+
+
+def test_grids_that_overlap():
+    model, x = build_any('similarity')
+    first, second = timm_evo.whole_grid(model), timm_evo.whole_grid(model)
+    first.__enter__()
+    grid = second.__enter__()
+    first.__exit__(None, None, None)
+    seen = watch(model, {'last': model.blocks[-1]}, grid.tokens)
+    model(x[:1])
+    assert seen['last'].shape == (1, 37, 24)
+    second.__exit__(None, None, None)
+    assert vars(model).keys() == vars(build_any('similarity')[0]).keys()
+
+
+@pytest.mark.parametrize('family', ['similarity', 'levit'])
+def test_a_shallow_copy_is_not_looked_at(family):
+    model, x = build_any(family)
+    layer = (model.stages[1] if family == 'levit' else model).blocks[-1]
+    with timm_evo.whole_grid(model) as grid:
+        twin = copy.copy(model)
+        seen = watch(model, {'last': layer}, lambda out: out[0] if isinstance(out, tuple) else out)
+        model(x)
+        tokens = seen['last']
+        if family != 'levit':  # a shallow copy of a LeViT has the same stages
+            twin(x[:1])
+        assert len(grid.tokens(tokens)) == len(x)
 
 
 def test_arguments_of_evolution_and_images_may_change_meanwhile():

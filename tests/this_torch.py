@@ -1,15 +1,21 @@
-"""What the torch at hand can do, alone and with the libraries beside it: tests of anything else are skipped.
+"""What the torch and the timm at hand can do, alone and with libraries beside them: tests of the rest are skipped.
 
 Found out by trying, because a library seldom says which torch it needs.
 """
 import copy
+import functools
 import importlib
+import pickle
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.models import save_for_hf
 from torch import nn
 
 from timm_evo import restore
@@ -46,3 +52,28 @@ def if_dense_can(act: Callable[[nn.Module], Any], model: nn.Module) -> Any:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             pytest.skip(f'torch {torch.__version__} cannot do this with the dense model: {reason}')
         raise
+
+
+def load_folder(folder: Path | str) -> nn.Module:
+    """timm's model of a folder; the test is skipped where timm loads none."""
+    skip_without_folders()
+    return timm.create_model(f'local-dir:{folder}', pretrained=True)
+
+
+def skip_without_folders() -> None:
+    """Skip the test where timm loads no model from a folder, dense ones neither."""
+    error = _error_of_folders()
+    if error is not None:
+        pytest.skip(f'timm {timm.__version__} loads no folder with torch {torch.__version__}: {error}')
+
+
+@functools.cache
+def _error_of_folders() -> Exception | None:
+    """An older timm has torch read the safetensors of a folder, and an older torch can't."""
+    with TemporaryDirectory() as folder:
+        save_for_hf(timm.create_model('test_vit'), folder, safe_serialization=True)
+        try:
+            timm.create_model(f'local-dir:{folder}', pretrained=True)
+        except pickle.UnpicklingError as error:
+            return error
+    return None

@@ -11,33 +11,36 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
     from . import checkpoints, hub
-    from .cost import count_gmacs
-    from .eva import EvoEva
-    from .instances import evolve, evolved, restore
-    from .levit import EvoLevit
-    from .tracing import Selection, trace
-    from .vision_transformer import EvoVisionTransformer, EvoVisionTransformerDistilled
-    from .visualization import visualize
-    from .watching import WholeGrid, whole_grid
+    from .api import evolve, evolved, restore
+    from .config import EvolutionConfig
+    from .inspection.cost import count_gmacs
+    from .inspection.tracing import Selection, trace
+    from .inspection.visualization import visualize
+    from .inspection.whole_grid import WholeGrid, whole_grid
+    from .models.eva import EvoEva
+    from .models.levit import EvoLevit
+    from .models.vision_transformer import EvoVisionTransformer, EvoVisionTransformerDistilled
 
 __version__ = '0.1.0'
 __all__ = [
-    'EvoEva', 'EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'Selection', 'WholeGrid',
+    'EvoEva', 'EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'EvolutionConfig', 'Selection',
+    'WholeGrid',
     'checkpoints', 'count_gmacs', 'evolve', 'evolved', 'hub', 'restore', 'trace', 'visualize', 'whole_grid']
 _MODULES = {  # of the public names; the others are modules themselves
-    'EvoEva': 'eva',
-    'EvoLevit': 'levit',
-    'EvoVisionTransformer': 'vision_transformer',
-    'EvoVisionTransformerDistilled': 'vision_transformer',
-    'Selection': 'tracing',
-    'WholeGrid': 'watching',
-    'count_gmacs': 'cost',
-    'evolve': 'instances',
-    'evolved': 'instances',
-    'restore': 'instances',
-    'trace': 'tracing',
-    'visualize': 'visualization',
-    'whole_grid': 'watching',
+    'EvoEva': 'models.eva',
+    'EvoLevit': 'models.levit',
+    'EvoVisionTransformer': 'models.vision_transformer',
+    'EvoVisionTransformerDistilled': 'models.vision_transformer',
+    'EvolutionConfig': 'config',
+    'Selection': 'inspection.tracing',
+    'WholeGrid': 'inspection.whole_grid',
+    'count_gmacs': 'inspection.cost',
+    'evolve': 'api',
+    'evolved': 'api',
+    'restore': 'api',
+    'trace': 'inspection.tracing',
+    'visualize': 'inspection.visualization',
+    'whole_grid': 'inspection.whole_grid',
 }
 
 
@@ -56,7 +59,7 @@ def _warn(error: Exception) -> None:
 
 def _register_models(timm_models) -> None:
     try:
-        from . import registry  # noqa: F401
+        from .models import registry  # noqa: F401
     except Exception as error:  # whatever it is, `import timm` must not suffer
         _warn(error)
 

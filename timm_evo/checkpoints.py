@@ -16,12 +16,11 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from . import levit, vision_transformer
-from .arguments import argument_names
-from .building import build
 from .errors import reason
-from .evolved_model import architecture
-from .registry import is_evolved
+from .inspection.building import build
+from .models import levit, vision_transformer
+from .models.base import architecture
+from .models.registry import is_evolved
 
 # What training scripts keep beside the weights. Everything else but tensors and plain containers is refused.
 _HARMLESS_CLASSES = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]
@@ -179,7 +178,7 @@ def build_official(
         raise ValueError(
             f'The checkpoint is an official Evo-{family}, the model cannot be {model_name}. It can be one of: '
             f'{", ".join(models)}.')
-    names = argument_names(_CLASSES[family])
+    names = _CLASSES[family].argument_names()
     if unknown := sorted(model_kwargs.keys() - set(names)):
         raise ValueError(f'{model_name} has no argument {unknown[0]}. Its arguments are: {", ".join(names)}.')
 

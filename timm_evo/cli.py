@@ -41,9 +41,9 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from . import summary
+    from .inspection import info
 
-    print(summary.summarise(args.model, **dict(args.model_kwargs)))
+    print(info.summarise(args.model, **dict(args.model_kwargs)))
 
 
 def _visualize(args: argparse.Namespace) -> None:
@@ -57,7 +57,8 @@ def _visualize(args: argparse.Namespace) -> None:
     if args.keep_ratios and suffix != PAGE:
         raise ValueError(f'--keep-ratios is for a page, --output {args.output} is a picture of one keep ratio.')
 
-    from . import building, checkpoints, visualization
+    from . import checkpoints
+    from .inspection import building, visualization
 
     if suffix != PAGE:
         visualization.figure_class()  # before weights are loaded

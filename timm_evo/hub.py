@@ -13,10 +13,10 @@ import timm  # noqa: F401  # before a part of it, whose lock a thread that impor
 from timm.models._hub import generate_readme, push_to_hf_hub, save_for_hf
 from torch import nn
 
-from .arguments import plain
-from .cost import count_gmacs
-from .evolved_model import Evolved, evaluating, find_evolved, input_size, is_created_evolved
-from .registry import is_evolved
+from .config import plain
+from .inspection.cost import count_gmacs
+from .models.base import EvolvedModel, evaluating, find_evolved, input_size, is_created_evolved
+from .models.registry import is_evolved
 
 __all__ = ['model_card', 'push', 'save']
 
@@ -48,12 +48,12 @@ def model_card(model: nn.Module, name: str) -> dict[str, Any]:
     selections = [f'{ratio:.3g} at {i}' for i, ratio in enumerate(keep_ratio) if begins[i] and ratio < 1]
     is_learned = any(name.endswith('learn_tradeoff') for name in model.state_dict())
     evolution = {
-        'Selection': model.evolution['selection'],
+        'Selection': model.evolution_config.selection,
         'Share of slow tokens, and the block (LeViT: attention) that selects them': ', '.join(selections),
     }
-    if model.evolution['selection'] != 'similarity':
+    if model.evolution_config.selection != 'similarity':
         evolution['Trade-off'] = 'learned' if is_learned else ', '.join(f'{alpha:g}' for alpha in tradeoff)
-        evolution['Fast update of the other tokens'] = 'yes' if model.fast_update else 'no'
+        evolution['Fast update of the other tokens'] = 'yes' if model.evolution_config.fast_update else 'no'
     return {
         'description': f"`{model.pretrained_cfg['architecture']}`, a model of timm with token evolution.",
         'details': {
@@ -104,7 +104,7 @@ def save(
         ValueError: The model was dense when it was created, and would be so again; or timm has not created it.
         FileExistsError: The folder has a model in it and `force` is not set, or other files that are not hidden.
     """
-    _check_created_evolved(model)
+    model = _check_created_evolved(model)
     folder = Path(folder).absolute()
     check_free(folder, force)
     name = os.path.basename(os.path.abspath(folder))  # of `.` and `..`, too
@@ -154,6 +154,7 @@ def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = Non
         TypeError: The model is dense, or wraps an evolved one.
         ValueError: The model was dense when it was created, and would be so again; or timm has not created it.
     """
+    model = _check_created_evolved(model)
     return push_to_hf_hub(
         model,
         repo_id,
@@ -163,17 +164,22 @@ def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = Non
     ).oid
 
 
-def _plain_arguments(model: nn.Module, model_args: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Make plain values, for JSON, of the arguments that a newer timm has noted as they were given, and of these."""
+def _plain_arguments(model: EvolvedModel, model_args: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Make plain values, for JSON, of the arguments that a newer timm has noted as they were given, and of these.
+
+    For an older timm, which notes none, those of evolution are added.
+    """
     if hasattr(model, '_model_args'):
         model._model_args = plain(model._model_args)
-    return plain(model_args)
+        return plain(model_args)
+    own = {name: getattr(model.evolution_config, name) for name in model.ARGUMENTS}
+    return {name: value for name, value in own.items() if value is not None} | plain(model_args or {})
 
 
-def _check_created_evolved(model: nn.Module) -> Evolved:
+def _check_created_evolved(model: nn.Module) -> EvolvedModel:
     """Refuse what would not be loaded as it is."""
     name = type(model).__name__
-    if not isinstance(model, Evolved):
+    if not isinstance(model, EvolvedModel):
         found = find_evolved(model)
         raise TypeError(
             f'{name} is not evolved, it has an evolved model as `.{found[0]}`: take that.' if found else
@@ -190,7 +196,7 @@ def _check_created_evolved(model: nn.Module) -> Evolved:
     return model
 
 
-def _gmacs(model: Evolved) -> float:
+def _gmacs(model: EvolvedModel) -> float:
     """Of an image as the model takes it, whatever mode it is in."""
     image = next(model.parameters()).new_zeros(1, *input_size(model))
     with evaluating(model):

@@ -6,14 +6,13 @@ that what selects is supervised.
 import copy
 from typing import TYPE_CHECKING, Any
 
-import torch
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 __all__ = ['ClassHead']
 
 if TYPE_CHECKING:
-    from .token_evolution import TokenEvolution as _Model  # stands behind `ClassHead` in the bases of a model
+    from .flat import FlatModel as _Model  # stands behind `ClassHead` in the bases of a model
 else:
     _Model = object
 
@@ -35,7 +34,6 @@ class ClassHead(_Model):
         init_weights_vit_timm(self.head_cls)
         self.distilled_training = False  # must be True to train each head on a target of its own
 
-    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def get_classifier(  # pyright: ignore[reportIncompatibleMethodOverride]
             self) -> nn.Module | tuple[nn.Module, nn.Module]:
         """The classifier head, or both with `class_head=True`, as timm's `VisionTransformerDistilled`."""
@@ -49,7 +47,6 @@ class ClassHead(_Model):
             self._init_class_head(self.global_pool == 'avg')
             self.norm_cls = norm_cls if self.class_head else self.norm_cls
 
-    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def set_distilled_training(self, enable: bool = True) -> None:
         """Return the logits of both heads separately while training, as timm's `VisionTransformerDistilled`."""
         if enable and not self.class_head:
@@ -58,12 +55,18 @@ class ClassHead(_Model):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Normalised sequence (B, P + N, C) to logits (B, num_classes), or to pooled features if `pre_logits`."""
+        logits, logits_cls = self._heads(x, pre_logits)
+        if logits_cls is None:
+            return logits
+        if self.distilled_training and self.training and not pre_logits:
+            return logits, logits_cls  # pyright: ignore[reportReturnType]  # as timm's, whose annotation is this, too
+        return (logits + logits_cls) / 2
+
+    def _heads(self, x: Tensor, pre_logits: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits of the head on the pooled tokens and of that on the class token, or pooled features of both."""
         x_pool = self.head_drop(self.fc_norm(self.pool(x)))
         logits = x_pool if pre_logits else self.head(x_pool)
         if not self.class_head:
-            return logits
+            return logits, None
         x_cls = self.head_drop(self.norm_cls(x[:, 0]))
-        logits_cls = x_cls if pre_logits else self.head_cls(x_cls)
-        if self.distilled_training and self.training and not pre_logits and not torch.jit.is_scripting():
-            return logits, logits_cls  # pyright: ignore[reportReturnType]  # TorchScript leaves this branch out
-        return (logits + logits_cls) / 2
+        return logits, x_cls if pre_logits else self.head_cls(x_cls)

@@ -7,11 +7,10 @@ import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch import nn
 
-from .arguments import argument_names
+from ..models.base import EvolvedModel, find_evolved, input_size
+from ..models.registry import is_evolved
 from .building import build_without_weights, check_name
 from .cost import count_gmacs
-from .evolved_model import Evolved, find_evolved, input_size
-from .registry import is_evolved
 
 __all__ = ['summarise']
 
@@ -34,8 +33,7 @@ def summarise(name: str, **kwargs: Any) -> str:
     found = find_evolved(model)  # within features_only=True
     assert found is not None
     evolved = found[1]
-    evolution = argument_names(type(evolved), ['init_evolution'])
-    dense_kwargs = {key: value for key, value in kwargs.items() if key not in evolution}
+    dense_kwargs = {key: value for key, value in kwargs.items() if key not in evolved.ARGUMENTS}
     with torch.device('meta'):
         dense = timm.create_model(evolved.dense_architecture, **dense_kwargs).eval()
         image = next(model.parameters()).new_zeros(1, *input_size(evolved))
@@ -60,7 +58,7 @@ def summarise(name: str, **kwargs: Any) -> str:
     return '\n'.join(lines)
 
 
-def _count_tokens(model: nn.Module, evolved: Evolved, image: torch.Tensor) -> list[int]:
+def _count_tokens(model: nn.Module, evolved: EvolvedModel, image: torch.Tensor) -> list[int]:
     """Number of tokens that enter each block of the evolved model that `model` has in it, or is."""
     numbers: list[int] = []
     stages = [evolved] if hasattr(evolved, 'blocks') else evolved.stages

@@ -16,8 +16,8 @@ from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
-from . import evolution
-from .torch_private import children, has_global_hooks, has_hooks, is_compiled
+from ..method.class_attention import class_products
+from ..torch_private import children, has_global_hooks, has_hooks, is_compiled
 
 __all__ = ['can_be_short', 'forward_first']
 
@@ -227,7 +227,7 @@ def _eva_attention_of_first(attn: Any, y: Tensor, rotation: Tensor | None, attn_
         for projected in (nn.functional.linear(y[:, :1], q_weight, q_bias), nn.functional.linear(y, k_weight, k_bias))
     )
     query, key = attn.q_norm(query), attn.k_norm(key)
-    products = evolution.class_products(
+    products = class_products(
         query[:, :, 0], key, attn.scale, attn.num_prefix_tokens, rotation, attn.rotate_half)
     if attn_mask is not None:
         products = products + attn_mask.squeeze(1)

@@ -3,16 +3,16 @@
 A shallow copy of the model runs and notes what it selects, so whoever uses the model meanwhile sees nothing of it.
 """
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .evolved_model import Evolved, evaluating, find_evolved
-from .levit import LevitEvolution
+from ..models.base import EvolvedModel, evaluating, find_evolved
+from ..models.levit import LevitEvolution
+from ..torch_private import shallow_copy
 from .recording import Record, Step, recording
-from .torch_private import shallow_copy
 
 __all__ = ['Selection', 'trace']
 
@@ -65,11 +65,15 @@ def trace(model: nn.Module, images: Tensor) -> list[Selection]:
     return [_selection(step, record) for step in record.steps]
 
 
-def _twin(model: Evolved) -> Evolved:
-    """A copy whose class can change, and those of its stages, without a change to the model."""
+def _twin(model: EvolvedModel) -> EvolvedModel:
+    """A copy that can have a record of its own, and so can its stages."""
     model = shallow_copy(model)
+    model._record = None
     if isinstance(model, LevitEvolution):
-        model.stages = nn.ModuleList([copy.copy(stage) for stage in model.stages])
+        stages: list[Any] = [copy.copy(stage) for stage in model.stages]
+        for stage in stages:
+            stage._record = None
+        model.stages = nn.ModuleList(stages)
     return model
 
 

@@ -31,11 +31,12 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import evolution
-from .evolved_model import change_class
-from .torch_private import children, is_compiled, is_in_backward
+from ..method import class_attention, published
+from ..method.class_attention import Layout
+from ..torch_private import children, is_compiled, is_in_backward
+from .classes import change_class
 
-__all__ = ['Tap', 'check_block', 'call_and_score']
+__all__ = ['Tap', 'Tapped', 'call_and_score', 'check_block']
 
 
 class Tap:
@@ -59,7 +60,7 @@ class Tap:
             block: A block that `check_block` takes. Shallow copies of a model share their blocks, and so the taps.
         """
         attentions = _attentions(block)
-        if isinstance(attentions[0].k_norm, _Tapped):
+        if isinstance(attentions[0].k_norm, Tapped):
             return attentions[0].k_norm.tap
         tap = cls()
         for attn in attentions:
@@ -73,7 +74,7 @@ class Tap:
         """Give the modules their own class again."""
         for module in block.modules():
             # not where somebody else has derived another class from the tapped one, which would be lost
-            if isinstance(module, _Tapped) and 'norm_cls' in vars(parametrize.type_before_parametrizations(module)):
+            if isinstance(module, Tapped) and 'norm_cls' in vars(parametrize.type_before_parametrizations(module)):
                 norm_cls = module.norm_cls
                 change_class(module, lambda tapped_cls, norm_cls=norm_cls: norm_cls)
                 del module.tap, module.attention
@@ -84,24 +85,13 @@ class Listener:
 
     Args:
         tap: Where it hears.
-        class_token: Whether the first token is the class token.
-        num_prefix_tokens: Number of prefix tokens P.
-        slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
-        rotation: Rotations that the block is called with, if any.
+        layout: What the tokens are that the block is called with.
+        rotation: Rotations that it is called with, if any.
     """
 
-    def __init__(
-            self,
-            tap: Tap,
-            class_token: bool,
-            num_prefix_tokens: int,
-            slow: Tensor | None,
-            rotation: Tensor | None,
-    ) -> None:
+    def __init__(self, tap: Tap, layout: Layout, rotation: Tensor | None) -> None:
         self.tap = tap
-        self.class_token = class_token
-        self.num_prefix_tokens = num_prefix_tokens
-        self.slow = slow
+        self.layout = layout
         self.rotation = rotation
         self._with_gradient = torch.is_grad_enabled()
         self._query: Tensor | None = None  # of the attention whose keys come next
@@ -111,8 +101,7 @@ class Listener:
     def hear_query(self, query: Tensor, attn: Any) -> None:
         """Take queries of an attention as they leave their norm: (B, H, L, d), or (B, L, H, d) of parallel branches."""
         query = _by_heads(query, attn)
-        self._query = evolution.class_query(
-            query, self.class_token, self.num_prefix_tokens, self.slow, self.rotation, _rotates_half(attn))
+        self._query = class_attention.class_query(query, self.layout, self.rotation, _rotates_half(attn))
 
     def hear_key(self, key: Tensor, attn: Any) -> None:
         """Take keys of an attention as they leave their norm: (B, H, L, d), or (B, L, H, d) of parallel branches."""
@@ -134,9 +123,8 @@ class Listener:
         return self._attention
 
     def _add(self, query: Tensor, key: Tensor, attn: Any) -> None:
-        key = _by_heads(key, attn)
-        attention = evolution.class_attention(
-            query, key, attn.scale, self.num_prefix_tokens, self.rotation, _rotates_half(attn))
+        attention = published.class_attention(
+            query, _by_heads(key, attn), attn.scale, self.layout.num_prefix_tokens, self.rotation, _rotates_half(attn))
         self._attention = attention if self._attention is None else self._attention + attention
 
 
@@ -159,9 +147,7 @@ def call_and_score(
         block: nn.Module,
         x: Tensor,
         tap: Tap,
-        class_token: bool,
-        num_prefix_tokens: int,
-        slow: Tensor | None,
+        layout: Layout,
         rotation: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Call a block and take its class attention.
@@ -170,16 +156,14 @@ def call_and_score(
         block: A block that `tap` stands in, wrapped or compiled or not.
         x: Tokens present (B, L, C).
         tap: Its tap.
-        class_token: Whether the first token is the class token.
-        num_prefix_tokens: Number of prefix tokens P.
-        slow: Positions of prefix and slow tokens (B, P + K); None where no selection is open.
+        layout: What these tokens are.
         rotation: Rotations of the tokens present but the prefix, for a block that takes them.
 
     Returns:
         What the block returns (B, L, C).
-        Class attention (B, L), see `evolution.class_attention`; None if none could be heard.
+        Class attention (B, L), see `method.published.class_attention`; None if none could be heard.
     """
-    listener = Listener(tap, class_token, num_prefix_tokens, slow, rotation)
+    listener = Listener(tap, layout, rotation)
     arguments = {} if rotation is None else {'rope': rotation}
     if torch.compiler.is_dynamo_compiling():  # of this code; `is_compiling` is true while any thread compiles
         tap.listener = listener
@@ -220,7 +204,7 @@ def _warn_if_alone(attn: Any, caller: FrameType) -> None:
 def _is_compiled_in_part(frame: FrameType | None) -> bool:
     """Whether it is called by a model after a break of its compiled graph, which has not passed `in_model`."""
     while frame is not None:
-        if frame.f_globals.get('__name__') == f'{__package__}.token_evolution':
+        if frame.f_globals.get('__name__') == f'{__package__}.flat':
             return True
         frame = frame.f_back
     return False
@@ -254,10 +238,10 @@ def _holds_compiled(module: nn.Module) -> bool:
     return any(_holds_compiled(child) for child in children(module))
 
 
-class _Tapped(nn.Module):
+class Tapped(nn.Module):
     """To stand before the class of a norm, or of the identity in its place: what leaves it is heard.
 
-    What the norm computes is left alone; TorchScript compiles nothing else.
+    What the norm computes is left alone.
     """
     if TYPE_CHECKING:
         tap: Tap
@@ -265,8 +249,6 @@ class _Tapped(nn.Module):
         # them. Its attention is gone where a norm has been put into another one, of which nothing is known.
         attention: weakref.ref[Any]
         norm_cls: type[nn.Module]
-
-    __jit_ignored_attributes__ = ['tap', 'attention']
 
     def __getstate__(self) -> dict:
         return self.__dict__ | dict(attention=self.attention())  # copied with its norms
@@ -286,7 +268,7 @@ class _Tapped(nn.Module):
         return self.norm_cls.__name__  # in representations, as in the dense model
 
 
-class _TappedQuery(_Tapped):
+class _TappedQuery(Tapped):
 
     def __call__(self, x: Tensor) -> Tensor:
         x = super().__call__(x)
@@ -300,7 +282,7 @@ class _TappedQuery(_Tapped):
         return x
 
 
-class _TappedKey(_Tapped):
+class _TappedKey(Tapped):
 
     def __call__(self, x: Tensor) -> Tensor:
         x = super().__call__(x)
@@ -311,17 +293,16 @@ class _TappedKey(_Tapped):
 
 
 @functools.cache
-def _tapped_class(norm_cls: type[nn.Module], tapped_cls: type[_Tapped]) -> type[_Tapped]:
+def _tapped_class(norm_cls: type[nn.Module], tapped_cls: type[Tapped]) -> type[Tapped]:
     return type(f'{tapped_cls.__name__}{norm_cls.__name__}', (tapped_cls, norm_cls), {
         '__module__': norm_cls.__module__,  # which tells symbolic tracing what to look into
-        '__annotations__': getattr(norm_cls, '__annotations__', {}),  # TorchScript does not look at base classes
         # a file can't find the class by its name
         '__reduce__': lambda self: (_new, (norm_cls, tapped_cls), self.__getstate__()),
         'norm_cls': norm_cls,
     })
 
 
-def _new(norm_cls: type[nn.Module], tapped_cls: type[_Tapped]) -> _Tapped:
+def _new(norm_cls: type[nn.Module], tapped_cls: type[Tapped]) -> Tapped:
     cls = _tapped_class(norm_cls, tapped_cls)
     return cls.__new__(cls)
 

@@ -1,26 +1,22 @@
 """ timm's `VisionTransformer` with token evolution """
 import copy
 
-import torch
-import torch.fx
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from . import token_evolution
+from ..torch_private import has_hooks
 from .class_head import ClassHead
-from .evolved_model import Evolved
-from .token_evolution import TokenEvolution
-from .torch_private import has_hooks
+from .flat import FlatModel
 
-__all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'VisionTransformerEvolution', 'evolved_class']
+__all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'VisionTransformerEvolution']
 
 # torchvision's tracer keeps the functions that timm has marked as untraceable whole, but only in the module that
 # defines the model's `forward`. `torch.fx.wrap` does so for the module it is called in, so it is called in timm's.
 exec("torch.fx.wrap('resample_abs_pos_embed')", VisionTransformer._pos_embed.__globals__)
 
 
-class VisionTransformerEvolution(TokenEvolution):
+class VisionTransformerEvolution(FlatModel):
     """Token evolution for a timm `VisionTransformer`, to stand before it in the bases of a class."""
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -35,17 +31,10 @@ class VisionTransformerEvolution(TokenEvolution):
         return self.patch_embed.dynamic_feat_size((images.shape[2], images.shape[3]))[1]
 
     def _forward_all_blocks(self, x: Tensor, rope: Tensor | None, grid_width: int | None) -> Tensor:
-        if not torch.jit.is_scripting():
-            if has_hooks(self.blocks):
-                return self._call_blocks(x, grid_width)
-        x, _ = self._forward_blocks(x, rope, grid_width, [])
-        return x
-
-    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
-    def _call_blocks(self, x: Tensor, grid_width: int | None) -> Tensor:
-        """Run the blocks as the one module that they are in timm's model, for the hooks on it."""
-        blocks = copy.copy(self.blocks)
-        blocks.forward = lambda x: self._forward_blocks(x, None, grid_width, [])[0]
+        if not has_hooks(self.blocks):
+            return super()._forward_all_blocks(x, rope, grid_width)
+        blocks = copy.copy(self.blocks)  # called as the one module that they are in timm's model, for the hooks on it
+        blocks.forward = lambda x: self._forward_blocks(x, None, grid_width)[0]
         return blocks(x)
 
 
@@ -62,12 +51,3 @@ class EvoVisionTransformerDistilled(VisionTransformerEvolution, VisionTransforme
 
     def _num_read(self) -> int | None:
         return 2
-
-
-def evolved_class(dense_cls: type[VisionTransformer]) -> type[Evolved]:
-    """The evolved class of timm's class, or of a subclass of it, see `token_evolution.evolved_class`."""
-    known: dict[type[nn.Module], type[Evolved]] = {
-        VisionTransformerDistilled: EvoVisionTransformerDistilled,
-        VisionTransformer: EvoVisionTransformer,
-    }
-    return token_evolution.evolved_class(dense_cls, known, VisionTransformerEvolution)

@@ -37,8 +37,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from timm.models.vision_transformer_hybrid import checkpoint_filter_fn as hybrid_filter_fn
 from torch import nn
 
-# Modules that import timm on their own are imported when a model is built, see `entrypoints`.
-from .arguments import split_arguments
+from ..config import EvolutionConfig
 
 __all__ = []  # register_model adds each entrypoint
 
@@ -63,6 +62,7 @@ class _Family(NamedTuple):
     default_pool: str | None = None
 
 
+# What imports timm on its own is imported when a model is built, see `timm_evo.entrypoints`.
 def _build_vit(dense: str, **kwargs) -> nn.Module:
     from . import vision_transformer
     return _evolve(dense, vision_transformer.EvoVisionTransformer, kwargs)
@@ -75,10 +75,11 @@ def _build_eva(dense: str, **kwargs) -> nn.Module:
 
 def _evolve(dense: str, evolved_cls: Any, kwargs: dict[str, Any]) -> nn.Module:
     """timm's `dense` model, which becomes one of this class by arguments of both."""
-    from . import instances
+    from . import evolving
     evolved_cls.check_model_names(kwargs)
-    evolution_args, dense_args = split_arguments(evolved_cls.init_evolution, kwargs)
-    return instances.evolve(model_entrypoint(dense)(pretrained=False, **dense_args), **evolution_args)
+    arguments, dense_args = evolved_cls.split_arguments(kwargs)
+    model = model_entrypoint(dense)(pretrained=False, **dense_args)
+    return evolving.give_evolution(model, EvolutionConfig(**arguments))
 
 
 def _build_levit(dense: str, **kwargs) -> nn.Module:
@@ -136,10 +137,10 @@ def _is_from_timm(cfg: PretrainedCfg, variant: str) -> bool:
 
 def _warn_of_published_selection(variant: str, model: nn.Module) -> None:
     """Say once that dense weights lose more in a published selection, as is the default of the paper's own names."""
-    from .evolved_model import find_evolved
+    from .base import find_evolved
     found = find_evolved(model)  # within features_only=True
     assert found is not None
-    selection, keep_ratios = found[1].evolution['selection'], found[1].schedule.keep_ratio
+    selection, keep_ratios = found[1].evolution_config.selection, found[1].schedule.keep_ratio
     if selection != 'similarity' and min(keep_ratios) < 1:
         warnings.warn(
             f"{variant} has timm's dense weights, and selection={selection!r} is for weights that were trained with "

@@ -11,6 +11,7 @@ import functools
 import itertools
 import threading
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +19,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .schedule import Schedule, cut_schedule, make_layerwise
-from .torch_private import children, num_writes, own_parameters, share_buffers
+from ..method.schedule import Schedule, cut_schedule, make_layerwise
+from ..torch_private import children, num_writes, own_parameters, share_buffers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-    _Module = nn.Module  # which stands behind `LayerToStage` in the bases of a model
+
+    class _Module(nn.Module):
+        """The evolved class, which stands behind `LayerToStage` in the bases of a model."""
+        evolution_config: Any
+        schedule: Schedule  # the one in force
+        num_updates: Any  # Tensor | None, a buffer
+
+        def _set_schedule(self, schedule: Schedule) -> None: ...
+        def _take_evolution_away(self, names: frozenset[str]) -> None: ...
 else:
     _Module = object
 
@@ -133,27 +142,26 @@ def _count_tensor(value: int, device: torch.device | None = None) -> Tensor:
 class LayerToStage(_Module):
     """Layer-wise selection until a number of optimizer updates have been made, stage-wise from then on.
 
-    To stand before a timm class in the bases of a model. The count is a buffer, `num_updates`, so that checkpoints,
+    To stand before an evolved class, see `layerwise_class`. The count is a buffer, `num_updates`, so that checkpoints,
     averaged copies and ranks have it. It is there only with such a schedule; a state dict with and one without it both
     load strictly.
-    """
-    if TYPE_CHECKING:  # no annotations at run time, which TorchScript would read as those of the model's class
-        schedule: Schedule  # the one in force
-        num_updates: Any  # Tensor | None, a buffer
 
-    def _init_schedule(self, schedule: Schedule, layerwise_updates: int) -> None:
-        """Set the schedule, and for how many updates a layer-wise one precedes it; a count that is there goes on."""
-        self.layerwise_updates = layerwise_updates
+    Attributes:
+        num_updates: The count; None where no updates are layer-wise any more.
+    """
+    def _take_plan(self, schedule: Schedule) -> None:
+        """Take a stage-wise schedule, and a layer-wise one for as many updates; a count that is there goes on."""
+        updates = self.evolution_config.layerwise_updates
         self._stagewise = schedule
-        self._layerwise = make_layerwise(schedule) if layerwise_updates else schedule
-        if not layerwise_updates:
+        self._layerwise = make_layerwise(schedule) if updates else schedule
+        if not updates:
             self._stop_counting()
             self.register_buffer('num_updates', None)
         elif getattr(self, 'num_updates', None) is None:
             self.register_buffer('num_updates', _count_tensor(0, next(self.parameters()).device))
         if self not in _counts:
             self._count = _Count()
-        if layerwise_updates:
+        if updates:
             self._start_counting()
         self.schedule = None  # pyright: ignore[reportAttributeAccessIssue]  # until the next line
         self._take_schedule()
@@ -174,10 +182,6 @@ class LayerToStage(_Module):
         """This model, and its shallow copies that count: they have the same buffers, also after `.to`."""
         return {self, *(model for model, _ in _counting_models() if share_buffers(model, self))}
 
-    def _set_schedule(self, schedule: Schedule) -> None:
-        """Take a schedule, for a model that hands its parts on to extend."""
-        self.schedule = schedule
-
     def _cut_schedule(self, length: int) -> None:
         """Leave the first entries of the schedule."""
         self._stagewise = cut_schedule(self._stagewise, length)
@@ -186,7 +190,7 @@ class LayerToStage(_Module):
 
     def _take_schedule(self) -> None:
         """Put the schedule that goes with the count in force, if it is another."""
-        is_layerwise = self.num_updates is not None and self._count.value < self.layerwise_updates
+        is_layerwise = self.num_updates is not None and self._count.value < self.evolution_config.layerwise_updates
         schedule = self._layerwise if is_layerwise else self._stagewise
         if schedule is not self.schedule:
             self._set_schedule(schedule)
@@ -236,11 +240,8 @@ class LayerToStage(_Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
-        key = f'{prefix}num_updates'
-        if self.num_updates is None:
-            state_dict.pop(key, None)
-        else:
-            state_dict.setdefault(key, _count_tensor(self._count.value))  # not the buffer, which may have no value yet
+        if self.num_updates is not None:  # not from the buffer, which may have no value yet
+            state_dict.setdefault(f'{prefix}num_updates', _count_tensor(self._count.value))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._read_count()
 
@@ -248,3 +249,26 @@ class LayerToStage(_Module):
         super().__setstate__(state)  # a copy, or from a file
         if self.num_updates is not None:
             self._start_counting()
+
+    def _take_evolution_away(self, names: frozenset[str]) -> None:
+        self._stop_counting()
+        super()._take_evolution_away(names | {'num_updates', '_stagewise', '_layerwise', '_count'})
+
+
+@functools.cache
+def layerwise_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of a model that counts updates, from its evolved class without that, under the same name."""
+    def reduce(self, protocol):  # a copy or a file can't find the class by its name
+        function, args, *rest = cls.__reduce_ex__(self, protocol)
+        return (_new, (function, tuple(cls if arg is type(self) else arg for arg in args)), *rest)
+
+    return type(cls.__name__, (LayerToStage, cls), {
+        **{name: getattr(cls, name) for name in ('__doc__', '__module__', '__qualname__')},
+        '__reduce_ex__': reduce,
+    })
+
+
+def _new(function: Callable[..., nn.Module], args: tuple) -> nn.Module:
+    model = function(*args)
+    model.__class__ = layerwise_class(type(model))  # pyright: ignore[reportAttributeAccessIssue]
+    return model

@@ -18,10 +18,10 @@ from timm.data import create_transform, resolve_data_config
 from timm.data.loader import adapt_to_chs
 from torch import Tensor, nn
 
+from ..api import evolved
+from ..errors import reason
+from ..models.base import EvolvedModel, evaluating, find_evolved, input_size
 from .cost import count_gmacs
-from .errors import reason
-from .evolved_model import Evolved, evaluating, find_evolved, input_size
-from .instances import evolved
 from .tracing import Selection, trace
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def write_page(
         'image': 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode(),
         'width': photo.shape[1], 'height': photo.shape[0],
     }
-    page = files('timm_evo').joinpath(PAGE).read_text(encoding='utf-8')
+    page = files('timm_evo.inspection').joinpath(PAGE).read_text(encoding='utf-8')
     text = json.dumps(data).replace('<', '\\u003c')  # a name cannot end the script
     Path(file).write_text(page.replace('"DATA"', text), encoding='utf-8')
 
@@ -186,7 +186,7 @@ def open_photo(image: Photo) -> Image.Image:
     return Image.fromarray(image)
 
 
-def _prepare(image: Photo | Tensor, model: Evolved) -> tuple[Tensor, Tensor]:
+def _prepare(image: Photo | Tensor, model: EvolvedModel) -> tuple[Tensor, Tensor]:
     """What the model takes (1, C, H, W), and the same to look at (H, W, 3), in [0, 1]."""
     channels, height, width = input_size(model)
     config = resolve_data_config({'input_size': (channels, height, width)}, model=model)
@@ -206,7 +206,7 @@ def _prepare(image: Photo | Tensor, model: Evolved) -> tuple[Tensor, Tensor]:
     return pixels.unsqueeze(0).to(weight.device, weight.dtype), _to_photo(pixels, config['mean'], config['std'])
 
 
-def _check_pixels(pixels: Tensor, image: Tensor, model: Evolved) -> None:
+def _check_pixels(pixels: Tensor, image: Tensor, model: EvolvedModel) -> None:
     """Refuse a tensor that is not one prepared image (C, H, W), and say what `image` was."""
     channels, *size = input_size(model)
     embed = getattr(model, 'patch_embed', model)
@@ -236,7 +236,7 @@ def _to_photo(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return pixels.expand(3, -1, -1).permute(1, 2, 0)
 
 
-def _count_blocks(model: Evolved) -> int:
+def _count_blocks(model: EvolvedModel) -> int:
     return len(model.blocks) if hasattr(model, 'blocks') else sum(len(stage.blocks) for stage in model.stages)
 
 

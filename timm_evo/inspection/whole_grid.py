@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .evolved_model import find_evolved
+from ..models.base import find_evolved
 from .recording import Record, Step, recording
 
 __all__ = ['WholeGrid', 'whole_grid']

@@ -1,22 +1,25 @@
-""" Selection by similarity on tensors
+""" Selection by similarity: its steps on tensors, and the object that takes them in a forward pass
 
 For weights that were trained without token evolution. Before some blocks, the patch tokens that another one can stand
 for best are averaged into it, and follow it from then on: each is what it was then, moved by what its average was moved
-by since, the one rule of `evolution.follow`. To average tokens that are alike is the idea of `Token Merging: Your ViT
+by since, the one rule of `published.follow`. To average tokens that are alike is the idea of `Token Merging: Your ViT
 But Faster` - https://arxiv.org/abs/2210.09461; that they follow, so that the grid stays whole, is that of Evo-ViT.
 Nothing here knows a model.
 
-Each step is one node to symbolic tracing, as in `evolution`.
+Each step is one node to symbolic tracing, as in `published`.
 
 Shapes: B images, P prefix tokens, L tokens present, the prefix first and the patches in grid order, R of them that go
 into others, C channels. Positions count from the first prefix token.
 """
+from collections.abc import Callable
 
 import torch
 import torch.fx
 from torch import Tensor
 
-from .evolution import count_slow, gather_tokens
+from .schedule import Schedule
+from .selector import Selector
+from .sequences import count_slow, gather_tokens
 
 
 def _places(num_patches: int, width: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -177,7 +180,7 @@ def size_mask(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def follow_averages(x: Tensor, averages: Tensor, tokens: Tensor, follows: Tensor) -> Tensor:
     """Give the tokens back that went into averages.
 
-    As `evolution.follow`: a token is what it was, moved by what the one that it follows was moved by since.
+    As `published.follow`: a token is what it was, moved by what the one that it follows was moved by since.
 
     Args:
         x: Tokens before some went into others (B, L, C).
@@ -189,3 +192,54 @@ def follow_averages(x: Tensor, averages: Tensor, tokens: Tensor, follows: Tensor
         Tokens now, all of them (B, L, C).
     """
     return x + gather_tokens(tokens - averages, follows)
+
+
+class BySimilarity(Selector):
+    """Selection of a few tokens at a time that are averaged into others, and follow them."""
+
+    def __init__(
+            self,
+            schedule: Schedule,
+            num_prefix_tokens: int,
+            num_patches: int,
+            grid_width: int | None,
+            likeness_features: Callable[[Tensor], Tensor],
+            is_whole_wanted: bool = True,
+    ) -> None:
+        """
+        Args:
+            schedule: What each block has to do.
+            num_prefix_tokens: Number of prefix tokens P.
+            num_patches: Number of patch tokens N.
+            grid_width: Width of the grid of patch tokens, if they are a whole one.
+            likeness_features: From tokens (B, L, C) to what tells which are alike (B, L, C).
+            is_whole_wanted: Whether anybody will ask for the whole grid; if not, the way back is not kept.
+        """
+        super().__init__(schedule, num_prefix_tokens)
+        self._num_patches = num_patches
+        self._grid_width = grid_width
+        self._likeness_features = likeness_features
+        self._is_whole_wanted = is_whole_wanted
+        self._size: Tensor | None = None  # how many tokens each one counts (B, L)
+        self._handed_over: list[tuple[Tensor, Tensor, Tensor]] = []  # tokens before, right after, who follows whom
+
+    def whole(self, x: Tensor) -> Tensor:
+        for before, averages, follows in reversed(self._handed_over):
+            x = follow_averages(before, averages, x, follows)
+        return x
+
+    def _select(self, block: int, x: Tensor) -> Tensor:
+        size = self._size
+        goes, into = match_tokens(
+            self._likeness_features(x), size, self.schedule.keep_ratio[block], self._num_patches,
+            self.num_prefix_tokens, self._grid_width if size is None else None)
+        if self.record is not None:
+            self.record.note_averaged(block, goes, into, x.shape[1])
+        left, follows = places_after(goes, into, x.shape[1])
+        averages, self._size = average_tokens(x, size, goes, into, left)
+        self.attn_mask = size_mask(self._size, x.dtype)
+        if self._is_whole_wanted:
+            self._handed_over.append((x, averages, follows))
+        if self._rope is not None:
+            self.present = left if self.present is None else self.present.gather(1, left)
+        return averages

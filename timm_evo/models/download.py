@@ -17,7 +17,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 from timm.models import PretrainedCfg
 from timm.models._hub import hf_split, load_state_dict_from_hf
 
-from .errors import reason
+from ..errors import reason
 
 
 @contextmanager

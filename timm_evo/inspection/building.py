@@ -10,11 +10,11 @@ import torch
 from timm.models import is_model
 from torch import nn
 
-from .arguments import nearest
-from .errors import reason
-from .evolved_model import find_evolved, input_size
-from .instances import evolve
-from .registry import is_evolved
+from ..api import evolve
+from ..config import nearest
+from ..errors import reason
+from ..models.base import find_evolved, input_size
+from ..models.registry import is_evolved
 
 __all__ = ['build', 'build_without_weights', 'check_name']
 

@@ -1,11 +1,11 @@
 """ When tokens are selected
 
-Turns the model arguments into what each block has to do, and refuses those that make no sense. Knows no tensors.
+Turns arguments into what each block has to do, and refuses those that do not fit the depth of the model; what is wrong
+for any model, `EvolutionConfig` refuses. Knows no tensors.
 """
 import itertools
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import NamedTuple
 
 
@@ -23,6 +23,18 @@ class Schedule(NamedTuple):
     scored: list[bool]
     tradeoff: list[float]
 
+    def end_of_segment(self, begin: int) -> int:
+        """The first entry behind the segment that begins with this one."""
+        for end in range(begin + 1, len(self.begins)):  # no generator, which torch 2.5 does not compile
+            if self.begins[end]:
+                return end
+        return len(self.begins)
+
+    def part(self, begin: int, end: int) -> 'Schedule':
+        """That of some blocks, from one to before another."""
+        return Schedule(
+            self.begins[begin:end], self.keep_ratio[begin:end], self.scored[begin:end], self.tradeoff[begin:end])
+
 
 def segments(depth: int, start_block: int, stage_depth: int) -> list[tuple[int, int]]:
     """(first, last) block of each segment: the blocks that share one selection.
@@ -32,20 +44,13 @@ def segments(depth: int, start_block: int, stage_depth: int) -> list[tuple[int, 
     return [(first, min(first + stage_depth, depth) - 1) for first in range(start_block, depth, stage_depth)]
 
 
-def _check_share(name: str, value: float, allowed: str, low_included: bool) -> float:
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1 or (value == 0 and not low_included):
-        raise ValueError(f'{name}={value!r} is not allowed, it must be a number in {allowed}.')
-    return float(value)
-
-
 def _per_entry(name: str, value: float | Sequence[float], length: int, entry: str) -> list[float]:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) != length:
-            raise ValueError(
-                f'{name}={value!r} has {len(value)} values, it must be one number or one per {entry}, {length} here.')
-        return list(value)
-    return [value] * length  # pyright: ignore[reportReturnType]  # `_check_share` refuses a string
+    if not isinstance(value, Sequence):
+        return [float(value)] * length
+    if len(value) != length:
+        raise ValueError(
+            f'{name}={value!r} has {len(value)} values, it must be one number or one per {entry}, {length} here.')
+    return [float(share) for share in value]
 
 
 def make_schedule(
@@ -53,7 +58,7 @@ def make_schedule(
         keep_ratio: float | Sequence[float],
         start_block: int | None,
         stage_depth: int | None,
-        selection: str,
+        selection: str | None,
         tradeoff: float | Sequence[float] | None,
 ) -> Schedule:
     """Work out what each block of a flat model has to do in one of the published selections.
@@ -78,12 +83,10 @@ def make_schedule(
     _check_start(start_block, depth)
     if stage_depth is None:
         stage_depth = math.ceil((depth - start_block) / 2)
-    if not isinstance(stage_depth, int) or isinstance(stage_depth, bool) or stage_depth < 1:
-        raise ValueError(f'stage_depth={stage_depth!r} is not allowed, it must be a whole number of at least 1.')
 
     firsts = [first for first, _ in segments(depth, start_block, stage_depth if selection == 'stage' else 1)]
     begins, ratios = _per_segment(depth, firsts, keep_ratio)
-    alphas = _check_tradeoff(tradeoff, depth, 'block')
+    alphas = _per_entry('tradeoff', tradeoff, depth, 'block')
     if not isinstance(tradeoff, Sequence):
         alphas[:start_block] = [1.] * start_block
     return Schedule(begins, ratios, _read_scores(begins, ratios, alphas), alphas)
@@ -111,20 +114,14 @@ def make_similarity_schedule(
     """
     first = 1 if start_block is None else start_block
     _check_start(first, depth)
-    if isinstance(keep_ratio, Sequence) and not isinstance(keep_ratio, str):
+    if isinstance(keep_ratio, Sequence):
         shares = _per_entry('keep_ratio', keep_ratio, depth - first, 'block that evolves')
-        shares = [_check_share('keep_ratio', share, '(0, 1]', low_included=False) for share in shares]
         for before, share in itertools.pairwise([1., *shares]):
             if not before / 2 <= share <= before:
                 raise ValueError(
                     f'keep_ratio={keep_ratio!r} is not allowed, a share of {share:g} cannot follow one of {before:g}: '
                     "in selection='similarity' it never grows from block to block, and at most halves.")
     else:
-        keep_ratio = _check_share(
-            'keep_ratio',
-            keep_ratio,  # pyright: ignore[reportArgumentType]  # a number, or a string, which is refused
-            '(0, 1]',
-            low_included=False)
         end = max(depth - 1, first + 1)  # of the blocks that count
         num_dense = _default_start(depth) - first if start_block is None else 0
         powers = [i // 2 + 1 for i in range(end - first)]
@@ -160,7 +157,7 @@ def make_pyramid_schedule(
         depths: Sequence[int],
         keep_ratio: float | Sequence[float],
         start_block: int | None,
-        selection: str,
+        selection: str | None,
         tradeoff: float | Sequence[float] | None,
 ) -> Schedule:
     """Work out what each attention of a pyramid has to do: the blocks of a stage, and before them one that downsamples.
@@ -199,7 +196,8 @@ def make_pyramid_schedule(
     begins, ratios = _per_segment(length, firsts, keep_ratio, downsampling)
     last = _last_selection(begins, ratios)
     scored = [i < last for i in range(length)]
-    return Schedule(begins, ratios, scored, _check_tradeoff(0.5 if tradeoff is None else tradeoff, length, 'attention'))
+    alphas = _per_entry('tradeoff', 0.5 if tradeoff is None else tradeoff, length, 'attention')
+    return Schedule(begins, ratios, scored, alphas)
 
 
 def make_layerwise(schedule: Schedule) -> Schedule:
@@ -217,31 +215,6 @@ def cut_schedule(schedule: Schedule, length: int) -> Schedule:
     last = _last_selection(begins, keep_ratio)
     scored = [read and i < last for i, read in enumerate(schedule.scored[:length])]
     return Schedule(begins, keep_ratio, scored, schedule.tradeoff[:length])
-
-
-def check_layerwise_updates(layerwise_updates: int, selection: str) -> None:
-    """Refuse a number of layer-wise updates that is none, or that no stage-wise selection follows.
-
-    Raises:
-        ValueError: What is not allowed, and what is.
-    """
-    if not isinstance(layerwise_updates, int) or isinstance(layerwise_updates, bool) or layerwise_updates < 0:
-        raise ValueError(
-            f'layerwise_updates={layerwise_updates!r} is not allowed, it must be a number of optimizer updates, or 0.')
-    if layerwise_updates and selection != 'stage':
-        raise ValueError(
-            f"layerwise_updates={layerwise_updates} is not allowed with selection={selection!r}, it needs "
-            "selection='stage'.")
-
-
-def check_flag(name: str, value: bool) -> None:
-    """Refuse what is no bool: a string, as timm's scripts make of `false`, would be taken as true.
-
-    Raises:
-        ValueError: What is not allowed, and what is.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f'{name}={value!r} is not allowed, it must be True or False.')
 
 
 def check_slow_tokens(keep_ratio: Sequence[float], num_patches: Sequence[int]) -> None:
@@ -263,28 +236,12 @@ def check_slow_tokens(keep_ratio: Sequence[float], num_patches: Sequence[int]) -
                 f'at least {math.ceil(1e4 / number) / 1e4:g} there.')
 
 
-def check_similarity(**published) -> None:
-    """Refuse arguments that only the published selections have.
-
-    Args:
-        **published: These, by name; None where nobody has set them.
-
-    Raises:
-        ValueError: One is set.
-    """
-    for name, value in published.items():
-        if value is not None:
-            needed = "'stage'" if name in ('stage_depth', 'layerwise_updates') else "'stage' or 'layer'"
-            raise ValueError(
-                f"{name}={value!r} is not allowed with selection='similarity', it needs selection={needed}.")
-
-
 def _default_start(depth: int) -> int:
     """Where the published selections begin: after a third of the depth, 4 of 12 blocks."""
     return max(1, round(depth / 3))
 
 
-def _check_selection(selection: str, known: Sequence[str]) -> None:
+def _check_selection(selection: str | None, known: Sequence[str]) -> None:
     if selection not in known:
         raise ValueError(
             f'selection={selection!r} is not known, it must be {", ".join(map(repr, known[:-1]))} or {known[-1]!r}.')
@@ -299,13 +256,6 @@ def _check_start(start_block: int, depth: int) -> None:
             f'start_block={start_block!r} is not allowed, it must be in 1..{depth - 1} for a model of {depth} blocks.')
 
 
-def _check_tradeoff(tradeoff: float | Sequence[float], length: int, entry: str) -> list[float]:
-    return [
-        _check_share('tradeoff', alpha, '[0, 1]', low_included=True)
-        for alpha in _per_entry('tradeoff', tradeoff, length, entry)
-    ]
-
-
 def _per_segment(
         length: int,
         firsts: Sequence[int],
@@ -314,7 +264,6 @@ def _per_segment(
 ) -> tuple[list[bool], list[float]]:
     """`begins` and `keep_ratio` of a schedule, from the first entry of each segment and of dense ones in between."""
     ratios = _per_entry('keep_ratio', keep_ratio, len(firsts), 'segment')
-    ratios = [_check_share('keep_ratio', ratio, '(0, 1]', low_included=False) for ratio in ratios]
     by_first = dict(zip(firsts, ratios, strict=True)) | dict.fromkeys(dense, 1.)
     per_entry: list[float] = []
     for i in range(length):

@@ -1,0 +1,96 @@
+""" Token evolution for models that are there already """
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
+from timm.models import is_model
+from torch import nn
+
+from .config import EvolutionConfig, takes_evolution_arguments
+from .models.base import EvolvedModel, architecture, find_evolved
+from .models.evolving import check_arguments, give_evolution
+
+__all__ = ['evolve', 'evolved', 'restore']
+
+
+@takes_evolution_arguments
+def evolve(model: nn.Module, **arguments: Any) -> EvolvedModel:
+    """Give token evolution to a dense timm model, in place.
+
+    Args:
+        model: A `VisionTransformer`, an `Eva` or a `Levit`, or of a subclass that leaves its forward pass as it is.
+        **arguments: Those of `EvolutionConfig`.
+
+    Returns:
+        The same object, its class changed to the evolved one; weights, device and mode as they were.
+
+    Raises:
+        TypeError: The model is of another class, or has blocks that cannot be evolved; or an argument is not known.
+        ValueError: An argument is outside what is allowed.
+    """
+    check_arguments(model, arguments)
+    return give_evolution(model, EvolutionConfig(**arguments))
+
+
+def restore(model: EvolvedModel) -> nn.Module:
+    """Take token evolution away again, in place: the dense model with the weights as they are now.
+
+    Args:
+        model: A model of `evolve` or `timm.create_model('evo_*')`.
+
+    Returns:
+        The same object, its class changed to timm's. Without a class head and learned trade-offs, if it had some.
+
+    Raises:
+        TypeError: The model is not evolved, or wraps one that is.
+        ValueError: It has a class token in the place of LeViT's biases, so there is no dense model of it.
+    """
+    if not isinstance(model, EvolvedModel):
+        found = find_evolved(model) if isinstance(model, nn.Module) else None
+        if found is not None:
+            raise TypeError(
+                f'{type(model).__name__} is not evolved itself, it has an evolved model as `.{found[0]}`: '
+                'restore that.')
+        raise TypeError(f'{type(model).__name__} is not evolved, there is nothing to restore.')
+    model._check_restorable()
+    dense_architecture, evolution_args = model.dense_architecture, model.ARGUMENTS
+    model._take_evolution_away(model._added)
+    if is_model(dense_architecture) and dense_architecture != architecture(model):  # what timm saves is dense, too
+        model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | {'architecture': dense_architecture}
+        if hasattr(model, '_model_args'):
+            model._model_args = {k: v for k, v in model._model_args.items() if k not in evolution_args}
+    return model
+
+
+@takes_evolution_arguments
+@contextmanager
+def evolved(model: nn.Module, **arguments: Any) -> Iterator[EvolvedModel]:
+    """Evolve a model for a while, or an evolved model in another way: `with timm_evo.evolved(model, keep_ratio=0.7):`.
+
+    Args:
+        model: A dense model as `evolve` takes it, or an evolved one. It is as it was afterwards.
+        **arguments: Those of `EvolutionConfig` as `evolve` takes them, or `set_evolution` of an evolved model.
+
+    Yields:
+        The same object.
+
+    Raises:
+        TypeError: As `evolve` or `set_evolution`.
+        ValueError: Likewise.
+    """
+    if not isinstance(model, EvolvedModel):
+        model = evolve(model, **arguments)
+        try:
+            yield model
+        finally:
+            restore(model)
+        return
+    before, model_args = model.evolution, getattr(model, '_model_args', None)
+    model.set_evolution(**arguments)
+    try:
+        yield model
+    finally:
+        model.set_evolution(**before)
+        if model_args is not None:
+            model._model_args = model_args

@@ -1,0 +1,204 @@
+""" The published selection: the steps of the paper in its order, and the object that takes them in a forward pass
+
+`Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390.
+
+Each step is one node to symbolic tracing (`torch.fx.wrap`): how many tokens are slow follows from the shape of the
+input, which tracing does not know.
+
+Shapes: B images, P prefix tokens (class, distillation, registers), N patch tokens, K of them slow, L tokens present,
+C channels, H heads of d channels. Sequences are laid out as timm's: prefix first, then the patches in grid order. While
+a selection is open, the blocks see [prefix, slow tokens, representative token].
+"""
+import torch
+import torch.fx
+from torch import Tensor
+
+from . import sequences
+from .class_attention import class_products
+from .schedule import Schedule
+from .selector import Selector
+from .sequences import count_slow, patches
+
+
+@torch.fx.wrap
+def class_attention(
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        num_prefix_tokens: int = 0,
+        rotation: Tensor | None = None,
+        rotate_half: bool = False,
+) -> Tensor:
+    """Attention that the class token pays to every token, summed over the heads.
+
+    Paper: class attention, section "Structure preserving token selection". The arguments are those of `class_products`.
+
+    Returns:
+        Attention (B, L) in float32 or wider, because small shares tie in ranks; every row sums to H.
+    """
+    products = class_products(query, key, scale, num_prefix_tokens, rotation, rotate_half)
+    return products.softmax(dim=-1).sum(dim=1)
+
+
+@torch.fx.wrap
+def global_class_attention(
+        scores: Tensor | None,
+        attention: Tensor,
+        tradeoff: float,
+        learned: Tensor | None = None,
+) -> Tensor:
+    """Evolve the scores by one block: A <- (1 - alpha) A + alpha a for the tokens that went through it.
+
+    Paper: global class attention, section "Structure preserving token selection". Prefix tokens have scores, too, which
+    nothing reads; so one index serves tokens and scores.
+
+    Args:
+        scores: Scores so far of these tokens (B, P + K); None before the first block, which sets them.
+        attention: Class attention of the tokens that went through the block but a representative one (B, P + K).
+        tradeoff: alpha, the share of the new attention.
+        learned: Learned trade-off (1,), whose sigmoid takes the place of `tradeoff`.
+
+    Returns:
+        Scores (B, P + K).
+    """
+    if scores is None:
+        return attention
+    if learned is None:
+        return torch.lerp(scores, attention, tradeoff)
+    return torch.lerp(scores, attention, learned.to(scores.dtype).sigmoid())
+
+
+@torch.fx.wrap
+def select_tokens(scores: Tensor, keep_ratio: float, num_prefix_tokens: int) -> Tensor:
+    """Choose the informative tokens of each image, those with the highest scores.
+
+    Paper: section "Structure preserving token selection".
+
+    Args:
+        scores: Global class attention (B, P + N).
+        keep_ratio: Share of the patch tokens on the slow path.
+        num_prefix_tokens: Number of prefix tokens P, which are always on it.
+
+    Returns:
+        Positions in the sequence of the prefix tokens and K = int(keep_ratio * N) slow tokens (B, P + K).
+
+    Raises:
+        ValueError: No patch token would be left on the slow path.
+    """
+    num_slow = count_slow(keep_ratio, scores.shape[1] - num_prefix_tokens)
+    slow = patches(scores, num_prefix_tokens).topk(num_slow, dim=1, sorted=False)[1]  # their order has no meaning
+    if num_prefix_tokens == 0:
+        return slow
+    slow = slow + num_prefix_tokens
+    prefix = torch.arange(num_prefix_tokens, device=slow.device).expand(slow.shape[0], num_prefix_tokens)
+    return torch.cat([prefix, slow], dim=1)
+
+
+@torch.fx.wrap
+def representative_token(x: Tensor, scores: Tensor, slow: Tensor) -> Tensor:
+    """Summarise the placeholder tokens in one, weighted by their share of the scores.
+
+    Paper: representative token, section "Slow-fast token updating".
+
+    Args:
+        x: Full sequence (B, P + N, C).
+        scores: Global class attention (B, P + N).
+        slow: Positions of prefix and slow tokens (B, P + K), which take no part.
+
+    Returns:
+        Representative token (B, 1, C).
+    """
+    weight = scores.scatter(1, slow, 0.)
+    # a floor of about the smallest float32, because the scores of all placeholders can underflow to zero together
+    weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-37)
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    return weight.unsqueeze(1).bmm(x)
+
+
+@torch.fx.wrap
+def follow(x: Tensor, tokens: Tensor, slow: Tensor, representative: Tensor | None) -> Tensor:
+    """Give the full sequence back after some blocks of a segment.
+
+    Paper: section "Slow-fast token updating". One rule for all: a token is what it was when the blocks began, moved by
+    what the token that it follows was moved by since. Prefix and slow tokens follow themselves, so they get exactly
+    what the blocks gave. Every placeholder follows the representative token; without one it follows none, and stays.
+
+    Args:
+        x: Full sequence at the beginning of the segment (B, P + N, C).
+        tokens: What came out of the blocks: [prefix, slow tokens, representative token] (B, P + K + 1, C), without the
+            last where there is none.
+        slow: Positions of prefix and slow tokens (B, P + K).
+        representative: Representative token that went into the blocks (B, 1, C), if any.
+
+    Returns:
+        Full sequence (B, P + N, C).
+    """
+    # added to all, because the copy overwrites the others: the placeholders need no index of their own
+    moved = x.clone() if representative is None else x + (tokens[:, -1:] - representative)
+    moved = moved.contiguous()  # which it is not where the patches come as columns of a feature map
+    image = torch.arange(slow.shape[0], device=slow.device).unsqueeze(1)
+    return moved.index_put_((image, slow), tokens[:, :slow.shape[1]])
+
+
+class ByClassAttention(Selector):
+    """Selection of the tokens with the highest scores, the others follow a representative one."""
+
+    def __init__(
+            self,
+            schedule: Schedule,
+            num_prefix_tokens: int,
+            fast_update: bool,
+            scores: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            schedule: What each block has to do.
+            num_prefix_tokens: Number of prefix tokens P.
+            fast_update: Whether a representative token goes through the blocks for the placeholders.
+            scores: Scores of all tokens before the first block (B, P + N), if there are some already.
+        """
+        super().__init__(schedule, num_prefix_tokens)
+        self.scores = scores  # of the tokens present but a representative one (B, P + K); None where nothing reads them
+        self.fast_update = fast_update
+        self._begun: tuple[Tensor, Tensor | None] | None = None
+        self._representative: Tensor | None = None
+
+    def hear(self, block: int, attention: Tensor) -> None:
+        """Take the class attention of a block that it `listens` to: that of all tokens present (B, L)."""
+        if self._representative is not None:
+            attention = attention[:, :-1]
+        self.scores = global_class_attention(self.scores, attention, self.schedule.tradeoff[block])
+
+    def whole(self, x: Tensor) -> Tensor:
+        if self._begun is None or self.present is None:
+            return x
+        return follow(self._begun[0], x, self.present, self._representative)
+
+    def whole_scores(self) -> Tensor | None:
+        """Scores of all tokens (B, P + N)."""
+        if self._begun is None or self.present is None:
+            return self.scores
+        scores = self._begun[1]
+        return scores if scores is None or self.scores is None else scores.scatter(1, self.present, self.scores)
+
+    def _select(self, block: int, x: Tensor) -> Tensor:
+        x, scores = self.whole(x), self.whole_scores()
+        self._begun = x, scores
+        keep_ratio = self.schedule.keep_ratio[block]
+        if keep_ratio == 1:
+            self.present, self._representative, self.scores = None, None, scores
+            return x
+        assert scores is not None
+        self.present = select_tokens(scores, keep_ratio, self.num_prefix_tokens)
+        self.scores = scores.gather(1, self.present) if self.listens(block) else None
+        if self.record is not None:
+            self.record.note_selected(block, self.present, scores, self.fast_update)
+        tokens = sequences.gather_tokens(x, self.present)
+        if not self.fast_update:
+            return tokens
+        self._representative = representative_token(x, scores, self.present)
+        return torch.cat([tokens, self._representative], dim=1)
+
+    def _has_representative(self) -> bool:
+        return self._representative is not None

@@ -1,0 +1,57 @@
+""" Steps on sequences of tokens that both kinds of selection take
+
+Batches are reshaped by `view`, because `unflatten` would fix their size in a traced ONNX graph. Shapes are those of
+`published`.
+"""
+import torch
+import torch.fx
+from torch import Tensor
+
+
+def is_one_image(batch_size: int) -> bool:
+    """Whether a batch is known to hold one image, which takes fewer steps.
+
+    Where a trace, an export or a compiler leaves the size open, what is compared is no bool, and to take it for one
+    would fix the size.
+    """
+    return (batch_size == 1) is True
+
+
+def patches(x: Tensor, num_prefix_tokens: int) -> Tensor:
+    """What a sequence (B, P + N, ...) holds of the patch tokens (B, N, ...)."""
+    return x if num_prefix_tokens == 0 else x[:, num_prefix_tokens:]  # a slice of all takes its time, too
+
+
+def count_slow(keep_ratio: float, num_patches: int) -> int:
+    """Number of patch tokens on the slow path.
+
+    Args:
+        keep_ratio: Share of the patch tokens.
+        num_patches: Number of patch tokens of the image N.
+
+    Raises:
+        ValueError: No patch token would be left on the slow path.
+    """
+    product = keep_ratio * num_patches
+    # a symbol stays one where an export leaves the image size open
+    num_slow = int(product) if isinstance(product, float) else torch.sym_int(product)
+    if num_slow < 1:
+        raise ValueError(
+            f'keep_ratio={keep_ratio} of {num_patches} patch tokens leaves none on the slow path, '
+            'use a larger keep_ratio or a larger image.')
+    return num_slow
+
+
+def rows(positions: Tensor, num_tokens: int) -> Tensor:
+    """Positions (B, K) in sequences of a length as rows of the whole batch (B * K,), to copy whole rows at once."""
+    if is_one_image(positions.shape[0]):
+        return positions.view(-1)
+    sequence = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
+    return (positions + sequence * num_tokens).view(-1)  # no `alpha`, of which torch 2.8 exports no open size to ONNX
+
+
+@torch.fx.wrap
+def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
+    """Tokens of a sequence (B, L, C) at positions (B, K): (B, K, C)."""
+    tokens = x.flatten(0, 1).index_select(0, rows(positions, x.shape[1]))
+    return tokens.view(positions.shape[0], positions.shape[1], x.shape[2])

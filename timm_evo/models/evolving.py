@@ -1,0 +1,133 @@
+""" A dense model becomes evolved """
+from typing import Any, NamedTuple, cast
+
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.levit import Levit, LevitDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..config import DEFAULTS, EvolutionConfig, plain
+from . import eva, levit, vision_transformer
+from .base import EvolvedModel, architecture
+from .classes import attribute_names, change_class, combined_class
+
+__all__ = ['check_arguments', 'give_evolution']
+
+
+class _Family(NamedTuple):
+    """Evolved classes of a class of timm and of what is derived from it.
+
+    Attributes:
+        known: By timm's classes whose head is known, subclasses before their bases.
+        other: What stands before a class with a head of its own, of which nothing is known.
+    """
+    known: dict[type[nn.Module], type[EvolvedModel]]
+    other: type[EvolvedModel]
+
+
+_FAMILIES: dict[type[nn.Module], _Family] = {
+    VisionTransformer: _Family({
+        VisionTransformerDistilled: vision_transformer.EvoVisionTransformerDistilled,
+        VisionTransformer: vision_transformer.EvoVisionTransformer,
+    }, vision_transformer.VisionTransformerEvolution),
+    Eva: _Family({Eva: eva.EvoEva}, eva.EvaEvolution),
+    Levit: _Family({LevitDistilled: levit.EvoLevit}, levit.LevitEvolution),
+}
+# What evolution replaces of a model. A class with an own one of these is another model than timm's.
+_REPLACED = ('forward', 'forward_features', 'forward_intermediates', 'get_intermediate_layers')
+
+
+def _class_in_family(
+        dense_cls: type[nn.Module],
+        timm_cls: type[nn.Module],
+        family: _Family,
+) -> type[EvolvedModel]:
+    """The evolved class of timm's class of a family, or of a subclass of it.
+
+    Raises:
+        TypeError: The class has a forward pass of its own.
+    """
+    for method in _REPLACED:
+        if hasattr(timm_cls, method) and getattr(dense_cls, method) is not getattr(timm_cls, method):
+            raise TypeError(
+                f"{dense_cls.__name__} cannot be evolved, its {method} is its own and not that of timm's "
+                f'{timm_cls.__name__}.')
+    if dense_cls in family.known:
+        return family.known[dense_cls]
+    for known_cls, evolved_cls in family.known.items():
+        is_known = hasattr(known_cls, 'pool') and all(  # a LeViT has parts of its own for two heads
+            getattr(dense_cls, name) is getattr(known_cls, name) for name in ('forward_head', 'pool'))
+        if issubclass(dense_cls, known_cls) and is_known:
+            return combined_class(evolved_cls, dense_cls)
+    return combined_class(family.other, dense_cls)
+
+
+def check_arguments(model: nn.Module, arguments: dict[str, Any]) -> None:
+    """Refuse arguments that the evolved model would not have. Those of other families may be at their defaults.
+
+    Raises:
+        TypeError: The model cannot be evolved, or an argument is not known.
+        ValueError: The argument is only for a model that is created evolved.
+    """
+    evolved_cls = _evolved_class(model)
+    if issubclass(evolved_cls, levit.LevitEvolution) and arguments.get('class_token'):
+        raise ValueError(
+            'class_token=True is not allowed for a model that is there, its attentions would lose their biases. Create '
+            "the published scheme by timm.create_model('evo_levit_cls_*').")
+    changed = [name for name, value in arguments.items() if name not in DEFAULTS or plain(value) != DEFAULTS[name]]
+    evolved_cls.check_names(changed, evolved_cls.ARGUMENTS)
+
+
+def give_evolution(model: nn.Module, config: EvolutionConfig) -> EvolvedModel:
+    """Give token evolution to a dense timm model, in place, see `timm_evo.evolve`."""
+    evolved_cls = _evolved_class(model)
+    dense = attribute_names(model)
+    change_class(model, lambda dense_cls: evolved_cls)
+    model = cast(EvolvedModel, model)
+    try:
+        model.dense_architecture = architecture(model)
+        model.init_evolution(config)
+    except BaseException:
+        model._take_evolution_away(attribute_names(model) - dense)
+        raise
+    return model
+
+
+def _evolved_class(model: nn.Module) -> type[EvolvedModel]:
+    """The class to give to a model; refuses what has none, with the reason."""
+    if isinstance(model, str):
+        raise TypeError(
+            f'evolve takes a model, not its name {model!r}. timm.create_model makes one that is evolved: evo_* names '
+            'are those that timm_evo adds to timm.')
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'evolve takes a model, a torch.nn.Module, not {name}.')
+    if isinstance(model, EvolvedModel):
+        raise TypeError(f'{name} is evolved already, its set_evolution changes the arguments.')
+    dense_cls = parametrize.type_before_parametrizations(model)
+    for timm_cls, family in _FAMILIES.items():
+        if issubclass(dense_cls, timm_cls):
+            return _class_in_family(dense_cls, timm_cls, family)
+    for path, module in model.named_modules():
+        if isinstance(module, EvolvedModel):
+            raise TypeError(f'{name} has a model in it that is evolved already, `.{path}`.')
+        if isinstance(module, tuple(_FAMILIES)):
+            raise TypeError(
+                f'{name} cannot be evolved, but the {type(module).__name__} in it can, which is `.{path}`: evolve '
+                'that, before it is compiled.')
+    raise TypeError(f'{name} cannot be evolved, {_reason(model)}. VisionTransformer, Eva, Levit and their '
+                    'subclasses in timm can.')
+
+
+def _reason(model: nn.Module) -> str:
+    names = ' '.join(name for name, _ in [*model.named_parameters(), *model.named_modules()]).lower()
+    if 'rel_pos' in names or 'relative_position' in names:
+        return 'its attention has biases by relative position, which need the whole grid'
+    library = type(model).__module__.partition('.')[0]
+    if library in ('torchvision', 'transformers'):
+        return f"it is a model of {library}, and evolution is for timm's"
+    if 'attn' not in names and 'attention' not in names:
+        return 'it has no attention, and so no tokens to select'
+    return "its forward pass is not that of timm's VisionTransformer, Eva or Levit"

@@ -1,0 +1,354 @@
+""" LeViT with token evolution
+
+`Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390, over timm's
+LeViT. Because no token is dropped, the grid is whole wherever the pyramid halves it.
+"""
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple, trunc_normal_
+from timm.layers.trace_utils import _assert
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models.levit import LevitDistilled, NormLinear
+from torch import Tensor, nn
+
+from ..config import ARGUMENTS, EvolutionConfig
+from ..method.schedule import Schedule, check_slow_tokens, cut_schedule, make_pyramid_schedule
+from ..method.sequences import patches
+from .base import EvolvedModel, architecture
+from .classes import attribute_names, change_class
+from .levit_attention import EvoAttention, EvoAttentionDownsample, ScoringAttention
+from .levit_blocks import EvoLevitStage, dense_class_of, evolved_class_of
+from .scripting import scriptable
+
+__all__ = ['EvoLevit', 'LevitEvolution']
+
+
+class LevitEvolution(EvolvedModel):
+    """Token evolution for a timm `Levit`, to stand before it in the bases of a class.
+
+    The attention that the average of the patch tokens pays gives the scores, because the head reads that average.
+
+    Takes the arguments of the timm class and those of `EvolutionConfig`.
+    """
+    ARGUMENTS = tuple(name for name in ARGUMENTS if name != 'stage_depth')
+    ABSENT_ARGUMENTS = {'stage_depth': 'each of its stages is a segment'}
+    DEFAULT_SELECTION = 'stage'
+
+    def __init__(self, img_size: int | tuple[int, int] = 224, **kwargs) -> None:
+        arguments, kwargs = self.split_arguments(kwargs)
+        super().__init__(img_size, **kwargs)
+        stride = self.feature_info[0]['reduction']
+        sides = to_2tuple(img_size)
+        if any(size % stride for size in sides):
+            raise ValueError(
+                f'img_size={sides} is not allowed, height and width must be multiples of {stride}: the stages halve '
+                f'a grid of {" x ".join(str(size // stride) for size in sides)}, the stem would give another.')
+        self.init_evolution(EvolutionConfig(**arguments))
+        self.img_size = sides
+
+    def init_evolution(self, config: EvolutionConfig) -> None:
+        if self.use_conv:
+            name = architecture(self)
+            linear = name.replace('levit_conv_', 'levit_') if name.startswith('levit_conv_') else 'levit_*'
+            raise ValueError(
+                f'{name or "A LeViT"} cannot be evolved, its projections are convolutions (use_conv=True), which need '
+                f"the whole grid. Take timm's linear LeViT, {linear}.")
+        if config.class_head and not (config.class_token and self.global_pool == 'avg'):
+            raise ValueError(
+                "class_head=True is not allowed, it needs class_token=True and global_pool='avg', "
+                f'not class_token={config.class_token} and global_pool={self.global_pool!r}.')
+        dense = attribute_names(self)
+        attentions = self._attentions()
+        self._depths = [len(stage.blocks) for stage in self.stages]  # of the schedule; pruning leaves fewer stages
+        self._num_patches = [attn.attention_bias_idxs.shape[1] for attn in attentions]  # that each selects from
+        config = self._resolve(config)
+        schedule = self._check_config(config)
+        self.num_prefix_tokens = 1 if config.class_token else 0
+        self.img_size = self._find_img_size()
+
+        self.cls_token = self.pos_embed = None
+        if config.class_token:
+            weight = next(self.parameters())
+            num_patches = attentions[0].attention_bias_idxs.shape[0]
+            self.cls_token = nn.Parameter(weight.new_zeros(1, 1, self.embed_dim[0]))
+            self.pos_embed = nn.Parameter(weight.new_empty(1, 1 + num_patches, self.embed_dim[0]))
+            trunc_normal_(self.pos_embed, std=.02)
+        for attn, alpha in zip(attentions, schedule.tradeoff, strict=True):
+            change_class(attn, evolved_class_of)
+            attn.init_evolution(alpha, config.learn_tradeoff, config.class_token)
+        self.stages.__class__ = nn.ModuleList  # no nn.Sequential, stages and blocks pass more than one tensor on
+        for stage in self.stages:
+            change_class(stage, evolved_class_of)
+            stage.num_prefix_tokens = self.num_prefix_tokens
+            stage.blocks.__class__ = nn.ModuleList
+            if not isinstance(stage.downsample, nn.Identity):
+                change_class(stage.downsample, evolved_class_of)
+            for block in stage.blocks:
+                change_class(block, evolved_class_of)
+        self._set_config(config)
+        self._init_class_heads(config.class_head)
+        self._added = attribute_names(self) - dense | {'_added', 'dense_architecture'}
+
+    def _check_config(self, config: EvolutionConfig) -> Schedule:
+        """The schedule of these arguments; refuses them where they are outside what is allowed."""
+        schedule = make_pyramid_schedule(
+            self._depths, config.keep_ratio, config.start_block, config.selection, config.tradeoff)
+        check_slow_tokens(schedule.keep_ratio, self._num_patches)
+        attentions = self._attentions()
+        schedule = cut_schedule(schedule, len(attentions))
+        if config.learn_tradeoff and hasattr(self, 'schedule') and (
+                schedule.tradeoff != [attn.tradeoff for attn in attentions]):
+            raise ValueError(f'tradeoff={config.tradeoff!r} cannot be set, it is learned.')
+        return schedule
+
+    def _set_config(self, config: EvolutionConfig) -> None:
+        schedule = self._check_config(config)
+        self.evolution_config = config
+        for attn, alpha in zip(self._attentions(), schedule.tradeoff, strict=True):
+            attn.tradeoff = alpha
+        for stage in self.stages:
+            stage.fast_update = config.fast_update
+        self._plan(schedule)
+        self._train_tradeoffs(schedule)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self)
+
+    def _check_restorable(self) -> None:
+        if self.cls_token is not None:
+            raise ValueError(
+                f'{type(self).__name__} with class_token=True cannot be restored, its position embeddings stand in the '
+                "place of timm's biases.")
+
+    def _restore_modules(self) -> None:
+        for module in self.stages.modules():
+            if isinstance(module, ScoringAttention):
+                module.leave_evolution()
+            if isinstance(module, EvoLevitStage):
+                module.blocks.__class__ = nn.Sequential
+                for name in attribute_names(module) & {'schedule', 'fast_update', 'num_prefix_tokens', '_record'}:
+                    delattr(module, name)
+            change_class(module, dense_class_of)
+        self.stages.__class__ = nn.Sequential
+
+    def _attentions(self) -> 'list[EvoAttention | EvoAttentionDownsample]':
+        """All attentions in the order of the schedule."""
+        attentions = []  # dense ones before `init_evolution`
+        for stage in self.stages:
+            if not isinstance(stage.downsample, nn.Identity):
+                attentions.append(stage.downsample.attn_downsample)
+            attentions += [block.attn for block in stage.blocks]
+        return attentions
+
+    def _find_img_size(self) -> tuple[int, int]:
+        """Height and width of the images that the attentions expect the grid of."""
+        stride = self.feature_info[0]['reduction']
+        attn = self.stages[1].downsample.attn_downsample if len(self.stages) > 1 else self.stages[0].blocks[0].attn
+        side = math.isqrt(self._num_patches[0])  # an older timm notes no size where nothing downsamples
+        height, width = getattr(attn, 'resolution', (side, side))
+        return height * stride, width * stride
+
+    def _set_schedule(self, schedule: Schedule) -> None:
+        """Tell each stage and attention its part of the schedule."""
+        super()._set_schedule(schedule)
+        begin = 0
+        for stage in self.stages:
+            begin += not isinstance(stage.downsample, nn.Identity)
+            end = begin + len(stage.blocks)
+            stage.schedule = schedule.part(begin, end)
+            begin = end
+        for attn, is_scored in zip(self._attentions(), schedule.scored, strict=True):
+            attn.scored = is_scored
+            attn.is_tradeoff_held = schedule is not getattr(self, '_stagewise', schedule)
+
+    def _train_tradeoffs(self, schedule: Schedule) -> None:
+        """Make learned trade-offs parameters where they are trained, once for all phases of a training."""
+        has_scores = False  # to mix with: the first attention that is scored sets them, whatever its alpha
+        for attn, is_scored in zip(self._attentions(), schedule.scored, strict=True):
+            attn.train_tradeoff(is_scored and has_scores)
+            has_scores = has_scores or is_scored
+
+    def _init_class_heads(self, class_head: bool) -> None:
+        if class_head:
+            raise ValueError(f'class_head=True is not allowed, {type(self).__name__} has one head of its own.')
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay: position embeddings in whatever form, class token, learned trade-offs."""
+        names = ('attention_biases', 'pos_embed', 'cls_token', 'learn_tradeoff')
+        return {name for name, _ in self.named_parameters() if name.endswith(names)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups, as timm's; class token and position embeddings at the input are of the stem."""
+        return dict(super().group_matcher(coarse), stem=r'^stem|^cls_token|^pos_embed')
+
+    def prune_intermediate_layers(
+            self,
+            indices: int | list[int] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Prune stages not required for specified intermediates, as timm's."""
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        self._cut_schedule(len(self._attentions()))
+        self._train_tradeoffs(getattr(self, '_stagewise', self.schedule))
+        return take_indices
+
+    def _forward_stem(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to the feature map that enters the first stage."""
+        _assert(x.shape[2] == self.img_size[0], f'Input height ({x.shape[2]}) must be {self.img_size[0]}.')
+        _assert(x.shape[3] == self.img_size[1], f'Input width ({x.shape[3]}) must be {self.img_size[1]}.')
+        return self.stem(x)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Feature map of the stem (B, C, H, W) to the sequence that enters the first stage (B, P + N, C)."""
+        x = x.flatten(2).transpose(1, 2)
+        if self.cls_token is not None and self.pos_embed is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to the full, ordered sequence after the last stage (B, P + N, C)."""
+        return self._forward_stages(self._forward_stem(x), ())[0]
+
+    def _forward_stages(
+            self,
+            x: Tensor,
+            take_indices: Collection[int],
+            stop: int | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the stages.
+
+        Args:
+            x: Feature map of the stem (B, C, H, W).
+            take_indices: Stages whose feature maps are wanted.
+            stop: Number of stages to run, all if None.
+
+        Returns:
+            Full, ordered sequence after the last stage (B, P + N, C).
+            Feature maps (B, C, H, W).
+        """
+        self._follow_count()
+        if self._record is None:
+            return self._run_stages(x, take_indices, stop)
+        with self._record.forward_pass(self._grids(x)):
+            return self._run_stages(x, take_indices, stop)
+
+    def _run_stages(
+            self,
+            x: Tensor,
+            take_indices: Collection[int],
+            stop: int | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See `_forward_stages`."""
+        grids = list(self._grids(x).values()) if take_indices else []
+        intermediates = []
+        x = self._embed(x)
+        scores: Tensor | None = None
+        for i, stage in enumerate(self.stages if stop is None else self.stages[:stop]):
+            x, scores = checkpoint(stage, x, scores) if self.grad_checkpointing else stage(x, scores)
+            if i in take_indices:
+                grid = patches(x, self.num_prefix_tokens)
+                intermediates.append(grid.reshape(grid.shape[0], *grids[i], -1).permute(0, 3, 1, 2))
+        return x, intermediates
+
+    def _grids(self, x: Tensor) -> dict[int, tuple[int, int]]:
+        """Height and width of the grid of each stage, by its first block, from the feature map of the stem."""
+        grids: dict[int, tuple[int, int]] = {}
+        block = 0
+        height, width = x.shape[2:]
+        for stage in self.stages:
+            grids[block] = height, width
+            block += len(stage.blocks)
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return grids
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: int | list[int] | None = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features that return intermediates, as timm's `Levit.forward_intermediates`: a whole grid of each stage.
+
+        Args:
+            x: Images (B, C, H, W).
+            indices: Take last n stages if int, all if None, select matching indices if sequence.
+            norm: Not used, LeViT has no final norm.
+            stop_early: Stop iterating over stages when last desired intermediate hit.
+            output_fmt: Must be 'NCHW'.
+            intermediates_only: Only return intermediate features.
+
+        Returns:
+            The final sequence (B, P + N, C) and feature maps (B, C, H, W), or these alone.
+        """
+        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        x, intermediates = self._forward_stages(
+            self._forward_stem(x), take_indices, max_index + 1 if stop_early else None)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+
+class EvoLevit(LevitEvolution, LevitDistilled):
+    """timm's distilled LeViT with token evolution, in two schemes.
+
+    * As timm's, with attention biases and timm's weights, see `LevitEvolution`.
+    * With a class token, as the authors publish it (`class_token=True`): its attention gives the scores, and absolute
+      position embeddings, at the input and wherever the grid is halved, take the place of the biases.
+
+    Takes the arguments of timm's `LevitDistilled` and those of `EvolutionConfig`.
+    """
+
+    def _init_class_heads(self, class_head: bool) -> None:
+        self.class_head = class_head
+        self.head_cls, self.head_cls_dist = self._make_class_head(), self._make_class_head()
+
+    def _make_class_head(self) -> nn.Module:
+        if not self.class_head or self.num_classes == 0:
+            return nn.Identity().train(self.training)
+        head = NormLinear(self.num_features, self.num_classes, drop=self.drop_rate)
+        return head.to(next(self.head.parameters())).train(self.training)
+
+    def get_classifier(self) -> tuple[nn.Module, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The heads: `head`, `head_dist`, and with `class_head=True` `head_cls`, `head_cls_dist`."""
+        heads = (self.head, self.head_dist)
+        return (*heads, self.head_cls, self.head_cls_dist) if self.class_head else heads
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Reset the classifier heads, as timm's; those on the class token go with the patch-mean pooling."""
+        super().reset_classifier(num_classes, global_pool)
+        self._init_class_heads(self.class_head and self.global_pool == 'avg')
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Sequence (B, P + N, C) to logits (B, num_classes), or to pooled features if `pre_logits`.
+
+        In distilled training, the pair of logits of `head` and `head_dist`; otherwise their mean, as timm's.
+        """
+        logits, logits_dist = self._heads(x, pre_logits)
+        if logits_dist is None:
+            return logits
+        if self.distilled_training and self.training:
+            return logits, logits_dist  # pyright: ignore[reportReturnType]  # as timm's, whose annotation is this, too
+        return (logits + logits_dist) / 2
+
+    def _heads(self, x: Tensor, pre_logits: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits of `head` and `head_dist`; pooled features, and None, if `pre_logits`."""
+        tokens = x
+        if self.global_pool == 'avg':
+            x = patches(tokens, self.num_prefix_tokens).mean(dim=1)
+        if pre_logits:
+            return (x + tokens[:, 0]) / 2 if self.class_head else x, None
+        logits, logits_dist = self.head(x), self.head_dist(x)
+        if self.class_head:
+            x_cls = tokens[:, 0]
+            logits = (logits + self.head_cls(x_cls)) / 2
+            logits_dist = (logits_dist + self.head_cls_dist(x_cls)) / 2
+        return logits, logits_dist

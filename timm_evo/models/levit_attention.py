@@ -1,0 +1,293 @@
+""" timm's LeViT attentions, over the tokens of a selection
+
+They evolve the scores by their matrix, and take the biases of the tokens that they are given.
+"""
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx
+from timm.layers import trunc_normal_
+from timm.models.levit import Attention, AttentionDownsample
+from torch import Tensor, nn
+
+from ..method import class_attention, published
+from ..method.sequences import is_one_image
+
+__all__ = ['EvoAttention', 'EvoAttentionDownsample', 'ScoringAttention', 'gather_biases']
+
+if TYPE_CHECKING:
+    class _DenseAttention(nn.Module):
+        """What the two attentions have in common, which stand behind `ScoringAttention`."""
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+        def reset_parameters(self) -> None: ...
+        def init_non_persistent_buffers(self) -> None: ...
+else:
+    _DenseAttention = nn.Module
+
+
+@torch.fx.wrap
+def _split_heads(x: Tensor, num_heads: int, dims: list[int]) -> list[Tensor]:
+    """Projections of all heads (B, L, H * sum of dims) to one tensor (H * B, L, d) for each of `dims`, copied once."""
+    batch_size, length, _ = x.shape
+    if is_one_image(batch_size):
+        heads = x.view(length, num_heads, sum(dims)).transpose(0, 1)
+    else:
+        heads = x.view(batch_size, length, num_heads, sum(dims)).permute(2, 0, 1, 3)
+        heads = heads.reshape(num_heads * batch_size, length, sum(dims))
+    return heads.split_with_sizes(dims, 2)  # pyright: ignore[reportReturnType]  # a list to TorchScript
+
+
+@torch.fx.wrap
+def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> Tensor:
+    """Attention matrix.
+
+    Args:
+        query: Queries (H * B, Q, d).
+        key: Keys (H * B, L, d).
+        scale: Factor on the products.
+        biases: Biases (H * B, Q, L), or (H, Q, L) for all images.
+
+    Returns:
+        Attention (H * B, Q, L).
+    """
+    key = key.transpose(1, 2)
+    if biases is None:
+        return (query * scale).bmm(key).softmax(dim=-1)
+    num_shared = query.shape[0] // biases.shape[0]  # images that share the biases
+    if is_one_image(num_shared):
+        return torch.baddbmm(biases, query, key, alpha=scale).softmax(dim=-1)
+    query = (query * scale).view(biases.shape[0], num_shared, query.shape[1], query.shape[2])
+    logits = query.matmul(key.view(biases.shape[0], num_shared, key.shape[1], key.shape[2]))
+    logits.add_(biases.unsqueeze(1))  # in place, because another matrix takes its time
+    return logits.softmax(dim=-1).flatten(0, 1)
+
+
+@torch.fx.wrap
+def _gather_values(attention: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Values (H * B, L, d) by attention (H * B, Q, L), all heads side by side (B, Q, H * d)."""
+    if attention.dtype != value.dtype:
+        attention = attention.to(value.dtype)
+    gathered = attention.bmm(value)
+    num_matrices, num_queries, dim = gathered.shape
+    batch_size = num_matrices // num_heads
+    if is_one_image(batch_size):
+        return gathered.transpose(0, 1).reshape(1, num_queries, num_heads * dim)
+    gathered = gathered.view(num_heads, batch_size, num_queries, dim)
+    return gathered.permute(1, 2, 0, 3).reshape(batch_size, num_queries, num_heads * dim)
+
+
+@torch.fx.wrap
+def _score(
+        scores: Tensor | None,
+        attention: Tensor,
+        num_heads: int,
+        class_token: bool,
+        tradeoff: float,
+        learned: Tensor | None,
+) -> Tensor:
+    """Scores of the tokens present evolved by an attention matrix, see `published.global_class_attention`.
+
+    Args:
+        scores: Scores so far (B, P + K) of all tokens but a representative one, which has none; None if there are none.
+        attention: Attention (H * B, Q, L), of Q = L tokens, or of those that are left by downsampling.
+        num_heads: Number of heads H.
+        class_token: Whether the first token is the class token.
+        tradeoff: alpha.
+        learned: Learned trade-off (1,), if any.
+
+    Returns:
+        Scores (B, P + K).
+    """
+    num_tokens = attention.shape[2] if scores is None else scores.shape[1]
+    paid = class_attention.mean_attention(attention, num_heads, num_tokens, class_token)
+    return published.global_class_attention(scores, paid, tradeoff, learned)
+
+
+@torch.fx.wrap
+def gather_biases(
+        tables: list[Tensor],
+        index: Tensor,
+        slow: Tensor,
+        has_representative: bool,
+) -> list[Tensor]:
+    """Attention biases of the tokens of a selection, for all blocks of its segment at once: that takes fewer calls.
+
+    Args:
+        tables: Biases by relative position, one table (H, R) per block.
+        index: Entry of the tables for each query and key of the whole grid (N, N).
+        slow: Positions of the slow tokens (B, K); there are no prefix tokens where there are biases.
+        has_representative: Whether a representative token comes last. It has no position, its biases are zero.
+
+    Returns:
+        Biases of each block (H * B, K, K), or (H * B, K + 1, K + 1) with a representative token.
+    """
+    entries = torch.add(slow.unsqueeze(1), slow.unsqueeze(2), alpha=index.shape[0])
+    positions = index.view(-1).index_select(0, entries.view(-1))
+    biases = torch.cat(tables).index_select(1, positions)
+    biases = biases.view(len(tables), -1, slow.shape[1], slow.shape[1])
+    if has_representative:
+        biases = torch.constant_pad_nd(biases, [0, 1, 0, 1])
+    return biases.unbind(0)  # pyright: ignore[reportReturnType]  # a list to TorchScript
+
+
+class ScoringAttention(_DenseAttention):
+    """What both attentions have beside timm's: alpha, and maybe no biases.
+
+    Attributes:
+        scored: Whether a later selection reads the scores of this attention.
+        tradeoff: alpha, the share of this attention in the scores, or the initial value of a learned one.
+        is_tradeoff_held: Whether alpha stays where it starts for now, though it is learned.
+        class_token: Whether the first token is the class token; then there are no biases.
+    """
+
+    def init_evolution(self, tradeoff: float, learn_tradeoff: bool, class_token: bool) -> None:
+        """Set up an attention that is dense so far.
+
+        Args:
+            tradeoff: alpha.
+            learn_tradeoff: Whether alpha is the sigmoid of an entry in the state dict.
+            class_token: Whether the first token is the class token.
+        """
+        self.scored = self.is_tradeoff_held = False
+        self.tradeoff = tradeoff
+        self.class_token = class_token
+        weight = self.attention_biases
+        self.register_buffer(
+            'learn_tradeoff', torch.full_like(weight[0, :1], tradeoff).logit() if learn_tradeoff else None)
+        if class_token:
+            del self.attention_biases, self.attention_bias_idxs
+            self.register_parameter('attention_biases', None)
+            self.register_buffer('attention_bias_idxs', None, persistent=False)
+
+    def leave_evolution(self) -> None:
+        """Take away what `init_evolution` has set up, but the class."""
+        del self.scored, self.is_tradeoff_held, self.tradeoff, self.class_token, self.learn_tradeoff
+        self.attention_bias_cache = {}
+
+    def train_tradeoff(self, trained: bool) -> None:
+        """Say whether a gradient reaches a learned trade-off, because its scores weight a representative token.
+
+        Then it is a parameter. Otherwise it is a buffer, so that the state dict is the same.
+        """
+        if self.learn_tradeoff is None or isinstance(self.learn_tradeoff, nn.Parameter) == trained:
+            return
+        value = self.learn_tradeoff.detach()
+        del self.learn_tradeoff
+        if trained:
+            self.learn_tradeoff = nn.Parameter(value)
+        else:
+            self.register_buffer('learn_tradeoff', value)
+
+    def learned(self) -> Tensor | None:
+        """Learned trade-off (1,) before its sigmoid, if any.
+
+        One that is held is where it started, with a gradient of zero: a parameter without any would stop a
+        `DistributedDataParallel`.
+        """
+        learned = self.learn_tradeoff
+        if learned is None or not self.is_tradeoff_held:
+            return learned
+        return learned * 0 + math.log(self.tradeoff / (1 - self.tradeoff))
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set training or evaluation mode, as timm's, and compute biases anew: an averaged copy is never trained."""
+        self.attention_bias_cache = {}
+        return super().train(mode)
+
+    def _apply(self, fn, *args, **kwargs):
+        self.attention_bias_cache = {}  # an older timm keeps it when the model moves
+        return super()._apply(fn, *args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """Initialize parameters and buffers, as timm's."""
+        if self.attention_biases is not None:
+            super().reset_parameters()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Initialize non-persistent buffers, as timm's."""
+        if self.attention_biases is not None:
+            super().init_non_persistent_buffers()
+
+
+class EvoAttention(ScoringAttention, Attention):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """timm's LeViT `Attention`, over the tokens of a selection."""
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self,
+            x: Tensor,
+            scores: Tensor | None,
+            biases: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, and evolve the scores.
+
+        Args:
+            x: Tokens present (B, L, C): the full sequence, or those of a selection.
+            scores: Scores so far (B, P + K) of these tokens but a representative one, if any.
+            biases: Biases of the tokens of a selection (H * B, L, L); None without a selection, or without biases.
+
+        Returns:
+            What the attention adds to the tokens (B, L, C).
+            Scores (B, P + K).
+        """
+        q, k, v = _split_heads(self.qkv(x), self.num_heads, [self.key_dim, self.key_dim, self.val_dim])
+        if biases is None and self.attention_biases is not None:
+            biases = self.get_attention_biases(x.device)
+        attn = _attend(q, k, self.scale, biases)
+        if self.scored:
+            scores = _score(scores, attn, self.num_heads, self.class_token, self.tradeoff, self.learned())
+        return self.proj(_gather_values(attn, v, self.num_heads)), scores
+
+
+class EvoAttentionDownsample(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ScoringAttention, AttentionDownsample):
+    """timm's LeViT `AttentionDownsample`, with a class token that goes along, and scores that are downsampled, too."""
+    if TYPE_CHECKING:
+        q: Any
+        resolution: tuple[int, int]
+
+    def init_evolution(self, tradeoff: float, learn_tradeoff: bool, class_token: bool) -> None:
+        """Set up an attention that is dense so far, see `ScoringAttention`."""
+        num_patches = self.attention_bias_idxs.shape[1]
+        super().init_evolution(tradeoff, learn_tradeoff, class_token)
+        self.pos_embed = None
+        if class_token:
+            weight = next(self.kv.parameters())
+            self.pos_embed = nn.Parameter(weight.new_empty(1, 1 + num_patches, weight.shape[1]))
+            trunc_normal_(self.pos_embed, std=.02)
+
+    def leave_evolution(self) -> None:
+        """Take away what `init_evolution` has set up, but the class."""
+        super().leave_evolution()
+        del self.pos_embed
+
+    def downsample(self, x: Tensor) -> Tensor:
+        """Keep the prefix and every second row and column: (B, P + N, C) to (B, P + M, C)."""
+        if not self.class_token:
+            return self.q.down(x)
+        return torch.cat([x[:, :1], self.q.down(x[:, 1:])], dim=1)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Attend with the tokens that are left to all, and evolve the scores.
+
+        Args:
+            x: Full sequence (B, P + N, C).
+            scores: Scores so far (B, P + N), if any.
+
+        Returns:
+            Full sequence of the smaller grid (B, P + M, C).
+            Its scores (B, P + M).
+        """
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        k, v = _split_heads(self.kv(x), self.num_heads, [self.key_dim, self.val_dim])
+        q, = _split_heads(self.q.ln(self.downsample(x)), self.num_heads, [self.key_dim])
+        biases = None if self.attention_biases is None else self.get_attention_biases(x.device)
+        attn = _attend(q, k, self.scale, biases)
+        if self.scored:
+            assert scores is not None
+            evolved = _score(scores, attn, self.num_heads, self.class_token, self.tradeoff, self.learned())
+            scores = class_attention.downsampled_class_attention(
+                scores, evolved, self.resolution, self.stride, 1 if self.class_token else 0)
+        return self.proj(_gather_values(attn, v, self.num_heads)), scores
