@@ -593,6 +593,16 @@ def test_an_empty_folder_and_the_current_one_take_a_model(small, tmp_path, monke
     assert "create_model('local-dir:current'" in Path('README.md').read_text()
 
 
+def test_a_timm_that_notes_no_arguments_gets_those_of_evolution(tmp_path):
+    model = timm.create_model('evo_test_vit', keep_ratio=0.7, selection='stage')
+    if hasattr(model, '_model_args'):
+        del model._model_args
+    model.set_evolution(start_block=2)
+    evolved_hub.save(model, tmp_path / 'model', model_args=dict(drop_rate=0.1))
+    noted = json.loads((tmp_path / 'model' / 'config.json').read_text())['model_args']
+    assert noted.items() >= dict(keep_ratio=0.7, selection='stage', start_block=2, drop_rate=0.1).items()
+
+
 def test_hidden_files_stay_as_they_are(small, tmp_path):
     (tmp_path / '.git').mkdir()
     (tmp_path / '.git' / 'HEAD').write_text('ref: refs/heads/main')

@@ -93,7 +93,8 @@ def save(
         model: A model of `timm.create_model('evo_*')`. It is as it was afterwards.
         folder: Where to: config.json, model.safetensors and README.md. It may be there, and be a symbolic link. Hidden
             files in it are left alone.
-        model_args: Arguments that the model was created with, for a timm that does not note them itself.
+        model_args: Arguments that the model was created with beside those of evolution, for a timm that does not note
+            them itself.
         force: Replace what such a folder had in it.
 
     Returns:
@@ -145,7 +146,8 @@ def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = Non
     Args:
         model: A model of `timm.create_model('evo_*')`.
         repo_id: User and name of the repository.
-        model_args: Arguments that the model was created with, for a timm that does not note them itself.
+        model_args: Arguments that the model was created with beside those of evolution, for a timm that does not note
+            them itself.
 
     Returns:
         The commit, which `hf-hub:user/name@commit` loads.
