@@ -10,11 +10,16 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _global
 
 __all__ = [
-    'children', 'has_global_hooks', 'has_hooks', 'is_compiled', 'is_in_backward', 'num_writes', 'own_names',
-    'own_parameters', 'shallow_copy', 'share_buffers']
+    'WithoutTorchFunction', 'children', 'has_global_hooks', 'has_hooks', 'is_compiled', 'is_in_backward', 'is_plain',
+    'is_transformed', 'num_writes', 'own_names', 'own_parameters', 'shallow_copy', 'share_buffers']
+
+# within it, a tensor of a subclass is taken for the plain one that it is
+WithoutTorchFunction = torch._C.DisableTorchFunctionSubclass
 
 _Module = TypeVar('_Module', bound=nn.Module)
 
@@ -78,6 +83,17 @@ def shallow_copy(module: _Module) -> _Module:
 def is_in_backward() -> bool:
     """Whether this thread runs a backward pass, in which a checkpoint calls modules once more."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is no tensor of a subclass, but for those without values that show what would be computed."""
+    return type(tensor) in (Tensor, FakeTensor)
+
+
+@torch.compiler.assume_constant_result  # what is compiled is compiled anew within other transforms
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work, or gradients in forward mode."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def num_writes(tensor: Tensor) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
+from ..kernels.choice import can_run, launch
 from . import sequences
 from .class_attention import class_products
 from .schedule import Schedule
@@ -163,6 +164,8 @@ class ByClassAttention(Selector):
         self.fast_update = fast_update
         self._begun: tuple[Tensor, Tensor | None] | None = None
         self._representative: Tensor | None = None
+        self._place: Tensor | None = None  # by kernels: where each token is among those present (B, P + N)
+        self._entered: Tensor | None = None  # by kernels: what went into the blocks
 
     def hear(self, block: int, attention: Tensor) -> None:
         """Take the class attention of a block that it `listens` to: that of all tokens present (B, L)."""
@@ -173,7 +176,9 @@ class ByClassAttention(Selector):
     def whole(self, x: Tensor) -> Tensor:
         if self._begun is None or self.present is None:
             return x
-        return follow(self._begun[0], x, self.present, self._representative)
+        if self._place is None:
+            return follow(self._begun[0], x, self.present, self._representative)
+        return launch('follow', self._begun[0], x, self._place, self._entered, self.present.shape[1])
 
     def whole_scores(self) -> Tensor | None:
         """Scores of all tokens (B, P + N)."""
@@ -190,6 +195,9 @@ class ByClassAttention(Selector):
             self.present, self._representative, self.scores = None, None, scores
             return x
         assert scores is not None
+        if can_run(x) and can_run(scores):
+            return self._select_by_kernels(block, x, scores)
+        self._place = None
         self.present = select_tokens(scores, keep_ratio, self.num_prefix_tokens)
         self.scores = scores.gather(1, self.present) if self.listens(block) else None
         if self.record is not None:
@@ -199,6 +207,19 @@ class ByClassAttention(Selector):
             return tokens
         self._representative = representative_token(x, scores, self.present)
         return torch.cat([tokens, self._representative], dim=1)
+
+    def _select_by_kernels(self, block: int, x: Tensor, scores: Tensor) -> Tensor:
+        """As `_select`."""
+        num_slow = count_slow(self.schedule.keep_ratio[block], x.shape[1] - self.num_prefix_tokens)
+        self.present, self._place, weight, present_scores = launch(
+            'select_tokens', scores, num_slow, self.num_prefix_tokens)
+        self.scores = present_scores if self.listens(block) else None
+        if self.record is not None:
+            self.record.note_selected(block, self.present, scores, self.fast_update)
+        self._entered = launch('gather_with_representative', x, self.present, weight, self.fast_update)
+        if self.fast_update:
+            self._representative = self._entered[:, -1:]
+        return self._entered
 
     def _has_representative(self) -> bool:
         return self._representative is not None

@@ -4,6 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..kernels.choice import can_run, launch
 from . import class_attention
 from .schedule import Schedule
 
@@ -69,7 +70,7 @@ class Selector:
             x = self._select(block, x)
         if self._rope is not None and (begins or self._is_rope_mixed):
             rope = self._rope[block] if self._is_rope_mixed else self._rope
-            self.rotation = rope if self.present is None else class_attention.gather_rotations(
+            self.rotation = rope if self.present is None else _gather_rotations(
                 rope, self.present, self.num_prefix_tokens, self._has_representative())
         return x
 
@@ -92,3 +93,10 @@ class Selector:
     def _has_representative(self) -> bool:
         """Whether the last token present is a representative one."""
         return False
+
+
+def _gather_rotations(rotation: Tensor, positions: Tensor, num_prefix_tokens: int, representative: bool) -> Tensor:
+    """See `class_attention.gather_rotations`."""
+    if not can_run(rotation):
+        return class_attention.gather_rotations(rotation, positions, num_prefix_tokens, representative)
+    return launch('gather_rotations', rotation, positions, num_prefix_tokens, representative)

@@ -11,15 +11,17 @@ Each step is one node to symbolic tracing, as in `published`.
 Shapes: B images, P prefix tokens, L tokens present, the prefix first and the patches in grid order, R of them that go
 into others, C channels. Positions count from the first prefix token.
 """
-from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.fx
 from torch import Tensor
 
+from ..kernels.choice import can_run, launch
+from ..kernels.size_mask import SizeMask
 from .schedule import Schedule
 from .selector import Selector
-from .sequences import count_slow, gather_tokens
+from .sequences import count_left, gather_tokens
 
 
 def _places(num_patches: int, width: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -48,6 +50,7 @@ def match_tokens(
         num_patches: int,
         num_prefix_tokens: int,
         width: int | None,
+        is_aligned: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose the patch tokens that go, and for each the one that it goes into.
 
@@ -61,16 +64,17 @@ def match_tokens(
         num_patches: Number of patch tokens of the image N.
         num_prefix_tokens: Number of prefix tokens P, which stay.
         width: Width of the grid, if the patch tokens are a whole one: then as on a checkerboard.
+        is_aligned: See `count_left`.
 
     Returns:
-        Positions of the tokens that go (B, R), R such that int(share * N) patch tokens are left.
+        Positions of the tokens that go (B, R), R such that `count_left` patch tokens are left.
         Positions of those that they go into (B, R).
 
     Raises:
         ValueError: No patch token would be left.
     """
     num_present = features.shape[1] - num_prefix_tokens
-    num_left = count_slow(share, num_patches)
+    num_left = count_left(share, num_patches, num_prefix_tokens, num_present, is_aligned)
     if num_present == 1:  # a grid of so few patches that there is no other to go into
         nowhere = torch.zeros(features.shape[0], 0, dtype=torch.int64, device=features.device)
         return nowhere, nowhere
@@ -194,6 +198,25 @@ def follow_averages(x: Tensor, averages: Tensor, tokens: Tensor, follows: Tensor
     return x + gather_tokens(tokens - averages, follows)
 
 
+class LayerNorm(NamedTuple):
+    """The numbers of one: weight and bias (C,), where it has them, and epsilon."""
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class Likeness(Protocol):
+    """What tells which tokens of a model are alike."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """From tokens (B, L, C) features (B, L, C), of which only the direction counts."""
+        ...
+
+    def as_layer_norm(self) -> LayerNorm | None:
+        """The LayerNorm that it is, which a kernel can compute; None if it is something else."""
+        ...
+
+
 class BySimilarity(Selector):
     """Selection of a few tokens at a time that are averaged into others, and follow them."""
 
@@ -203,7 +226,8 @@ class BySimilarity(Selector):
             num_prefix_tokens: int,
             num_patches: int,
             grid_width: int | None,
-            likeness_features: Callable[[Tensor], Tensor],
+            likeness: Likeness,
+            is_aligned: bool,
             is_whole_wanted: bool = True,
     ) -> None:
         """
@@ -212,34 +236,83 @@ class BySimilarity(Selector):
             num_prefix_tokens: Number of prefix tokens P.
             num_patches: Number of patch tokens N.
             grid_width: Width of the grid of patch tokens, if they are a whole one.
-            likeness_features: From tokens (B, L, C) to what tells which are alike (B, L, C).
+            likeness: What tells which tokens are alike.
+            is_aligned: See `count_left`.
             is_whole_wanted: Whether anybody will ask for the whole grid; if not, the way back is not kept.
         """
         super().__init__(schedule, num_prefix_tokens)
         self._num_patches = num_patches
         self._grid_width = grid_width
-        self._likeness_features = likeness_features
+        self._likeness = likeness
+        self._is_aligned = is_aligned
         self._is_whole_wanted = is_whole_wanted
         self._size: Tensor | None = None  # how many tokens each one counts (B, L)
         self._handed_over: list[tuple[Tensor, Tensor, Tensor]] = []  # tokens before, right after, who follows whom
 
     def whole(self, x: Tensor) -> Tensor:
         for before, averages, follows in reversed(self._handed_over):
-            x = follow_averages(before, averages, x, follows)
+            if can_run(x) and can_run(before):
+                x = launch('follow_averages', before, averages, x, follows)
+            else:
+                x = follow_averages(before, averages, x, follows)
         return x
 
     def _select(self, block: int, x: Tensor) -> Tensor:
+        averages, follows = (self._average_by_kernels if can_run(x) else self._average)(block, x)
+        if self._is_whole_wanted:
+            self._handed_over.append((x, averages, follows))
+        return averages
+
+    def _average(self, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens that are left, and whom each of those before follows."""
         size = self._size
         goes, into = match_tokens(
-            self._likeness_features(x), size, self.schedule.keep_ratio[block], self._num_patches,
-            self.num_prefix_tokens, self._grid_width if size is None else None)
+            self._likeness(x), size, self.schedule.keep_ratio[block], self._num_patches, self.num_prefix_tokens,
+            self._grid_width if size is None else None, self._is_aligned)
         if self.record is not None:
             self.record.note_averaged(block, goes, into, x.shape[1])
         left, follows = places_after(goes, into, x.shape[1])
         averages, self._size = average_tokens(x, size, goes, into, left)
         self.attn_mask = size_mask(self._size, x.dtype)
-        if self._is_whole_wanted:
-            self._handed_over.append((x, averages, follows))
         if self._rope is not None:
             self.present = left if self.present is None else self.present.gather(1, left)
-        return averages
+        return averages, follows
+
+    def _average_by_kernels(self, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_average`."""
+        num_present = x.shape[1] - self.num_prefix_tokens
+        num_left = count_left(
+            self.schedule.keep_ratio[block], self._num_patches, self.num_prefix_tokens, num_present,
+            self._is_aligned)
+        num_gone = num_present - num_left if num_present > 1 else 0  # the only token has no other to go into
+        norm = self._likeness.as_layer_norm()
+        features = None if norm is not None else self._likeness(x)
+        weight, bias, eps = norm or LayerNorm(None, None, 0.)
+        width = self._grid_width if self._size is None and self._grid_width is not None else 0
+        averages, self._size, log_size, left, present, follows = launch(
+            'average_alike', x, features, weight, bias, eps, _compared_in(x), self._size, self.present,
+            num_gone, self.num_prefix_tokens, width)
+        self.attn_mask = SizeMask.of(log_size)
+        if self.record is not None:
+            self.record.note_averaged(block, *_who_goes(left, follows), x.shape[1])
+        if self._rope is not None:
+            self.present = present
+        return averages, follows
+
+
+def _compared_in(x: Tensor) -> torch.dtype:
+    """In what numbers features are compared: those that autocast would have products of, if it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _who_goes(left: Tensor, follows: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions (B, R) of the tokens that go, and those of the ones that they go into, from what `places_after` gives.
+
+    Args:
+        left: Positions so far of the tokens that are left (B, K).
+        follows: For each token so far, the position of the one that it follows among those (B, L).
+    """
+    stays = torch.zeros_like(follows, dtype=torch.bool).scatter(1, left.long(), True)
+    goes = (~stays).nonzero()[:, 1].view(left.shape[0], -1)  # waits for the GPU, which who looks at it has to
+    return goes, left.gather(1, follows.gather(1, goes).long()).long()

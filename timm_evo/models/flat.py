@@ -7,7 +7,6 @@ they are; what changes is which tokens go through a block.
 import math
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from .base import EvolvedModel
 from .beside import class_attention_beside, is_sharded
 from .calling import call_block, check_takes_mask
 from .classes import attribute_names
-from .likeness import likeness_features
+from .likeness import NormedLikeness
 from .scripting import scriptable
 
 __all__ = ['FlatModel']
@@ -166,7 +165,9 @@ class FlatModel(EvolvedModel):
         if self.evolution_config.selection == 'similarity':
             selector = BySimilarity(
                 self.schedule, self.num_prefix_tokens, num_patches, grid_width,
-                partial(likeness_features, self.norm), is_whole_wanted=num_read is None)
+                NormedLikeness(self.norm),
+                # not where the size may be open in an export, which no comparison may fix
+                is_aligned=not self.dynamic_img_size, is_whole_wanted=num_read is None)
         else:
             selector = ByClassAttention(self.schedule, self.num_prefix_tokens, self.evolution_config.fast_update)
         selector.record = self._record

@@ -1,13 +1,15 @@
 """ What tells which tokens of a model are alike """
 from typing import Any
 
+import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..method.similarity import LayerNorm
 from .beside import is_sharded_weight
 
-__all__ = ['likeness_features']
+__all__ = ['NormedLikeness']
 
 
 class _PastHooks(nn.Module):
@@ -21,13 +23,31 @@ class _PastHooks(nn.Module):
         return self.norm.forward(x)
 
 
-@torch.no_grad()  # positions come of it, which have no gradient
-def likeness_features(norm: Any, x: Tensor) -> Tensor:
-    """Tokens (B, L, C) as they would leave the last norm of their model (B, L, C).
+class NormedLikeness:
+    """Tokens are alike that would leave the last norm of their model alike.
 
     Where it has none, as a backbone of `features_only=True`, or one behind the pooling, which pruning takes away: the
     tokens as they are.
     """
+
+    def __init__(self, norm: Any) -> None:
+        self._norm = norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return likeness_features(self._norm, x)
+
+    def as_layer_norm(self) -> LayerNorm | None:
+        norm = self._norm
+        # exactly these, as a class of somebody's own may compute anything
+        if type(norm) not in (nn.LayerNorm, timm.layers.LayerNorm) or 'forward' in norm.__dict__ or (
+                is_sharded_weight(norm.weight)):
+            return None
+        return LayerNorm(norm.weight, norm.bias, norm.eps)
+
+
+@torch.no_grad()  # positions come of it, which have no gradient
+def likeness_features(norm: Any, x: Tensor) -> Tensor:
+    """Tokens (B, L, C) as they would leave a norm (B, L, C)."""
     if not is_sharded_weight(getattr(norm, 'weight', None)):
         return norm.forward(x)  # not by a call, which hooks on it would take for that of the final tokens
     # weights are whole only while it is called

@@ -238,7 +238,7 @@ class _ScriptedSimilarity(_ScriptedFlat):
                     features = self.norm.forward(x)
                 goes, into = similarity.match_tokens(
                     features, size, keep_ratio[i], num_patches, self.num_prefix_tokens,
-                    grid_width if size is None else None)
+                    grid_width if size is None else None, not self.dynamic_img_size)
                 left, follows = similarity.places_after(goes, into, x.shape[1])
                 averages, size = similarity.average_tokens(x, size, goes, into, left)
                 attn_mask = similarity.size_mask(size, x.dtype)

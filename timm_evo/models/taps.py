@@ -31,6 +31,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..kernels.choice import can_run, launch
 from ..method import class_attention, published
 from ..method.class_attention import Layout
 from ..torch_private import children, is_compiled, is_in_backward
@@ -123,8 +124,14 @@ class Listener:
         return self._attention
 
     def _add(self, query: Tensor, key: Tensor, attn: Any) -> None:
-        attention = published.class_attention(
-            query, _by_heads(key, attn), attn.scale, self.layout.num_prefix_tokens, self.rotation, _rotates_half(attn))
+        key = _by_heads(key, attn)
+        scale, num_prefix_tokens, rotates_half = attn.scale, self.layout.num_prefix_tokens, _rotates_half(attn)
+        if can_run(query) and can_run(key):
+            attention = launch(
+                'class_attention', query, key, scale, num_prefix_tokens, self.rotation, rotates_half)
+        else:
+            attention = published.class_attention(
+                query, key, scale, num_prefix_tokens, self.rotation, rotates_half)
         self._attention = attention if self._attention is None else self._attention + attention
 
 

@@ -1,0 +1,427 @@
+""" An event of `method.similarity` in four launches, or in one for one small image; and the way back to the grid
+
+The steps are those of `match_tokens`, `places_after` and `average_tokens` there, in this order, each a function on a
+block of tokens: features of length one, the best match of each token that may go, who goes and where all are then,
+averages. Between them their results are in memory, so the same functions serve one kernel for each step, and one kernel
+that does all for an image. Of equal losses the first counts as least; one that is no number counts as infinite.
+
+Shapes: B images, P prefix tokens, N patch tokens present, L = P + N, C channels, S = ceil(N / 2) tokens that may go,
+R that go, K = L - R that are left.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+from torch.utils.flop_counter import register_flop_formula
+
+from .products import dot
+
+__all__ = ['average_alike', 'follow_averages', 'is_small']
+
+
+@triton.jit
+def _place(i, width):
+    """Every second patch token, and how far it is shifted to be as on a checkerboard of a width, if that is not 0."""
+    even = 2 * i
+    return even, tl.where(width > 0, (even // tl.maximum(width, 1)) % 2 * (1 - width % 2), 0)
+
+
+@triton.jit
+def _unit_features(
+        x, weight, bias, features, first, num_rows, num_channels, eps,
+        HAS_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+        BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Normalise some rows (rows, C) by a LayerNorm, if there is one, and to length one."""
+    row = first + tl.arange(0, BLOCK_R)
+    channel = tl.arange(0, BLOCK_C)
+    is_channel = channel < num_channels
+    mask = (row < num_rows)[:, None] & is_channel[None]
+    place = row[:, None].to(tl.int64) * num_channels + channel[None]
+    values = tl.load(x + place, mask=mask, other=0.).to(tl.float32)
+    if HAS_NORM:
+        mean = tl.sum(values, 1) / num_channels
+        values = tl.where(mask, values - mean[:, None], 0.)
+        values = values * tl.rsqrt(tl.sum(values * values, 1) / num_channels + eps)[:, None]
+        if HAS_WEIGHT:
+            values = values * tl.load(weight + channel, mask=is_channel, other=0.).to(tl.float32)[None]
+        if HAS_BIAS:
+            values = values + tl.load(bias + channel, mask=is_channel, other=0.).to(tl.float32)[None]
+    length = tl.sqrt(tl.sum(values * values, 1))
+    values = values / tl.maximum(length, 1e-12)[:, None]
+    tl.store(features + place, values.to(features.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _best_matches(
+        features, size, least, nearest, first, num_patches, num_channels, num_prefix, width,
+        HAS_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Find for some tokens of an image that may go the one that each would best go into, and what is lost then."""
+    num_sources = (num_patches + 1) // 2
+    num_targets = num_patches // 2
+    i = first + tl.arange(0, BLOCK_M)
+    even, shift = _place(i, width)
+    source = num_prefix + even + shift
+    best = tl.full((BLOCK_M,), float('inf'), tl.float32)
+    best_target = tl.zeros((BLOCK_M,), tl.int32)
+    if HAS_SIZE:
+        inverse_source = 1. / tl.load(size + source, mask=i < num_sources, other=1.)
+    for first_target in range(0, num_targets, BLOCK_N):
+        j = first_target + tl.arange(0, BLOCK_N)
+        even, shift = _place(j, width)
+        target = num_prefix + even + 1 - shift
+        likeness = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first_channel in range(0, num_channels, BLOCK_K):
+            channel = first_channel + tl.arange(0, BLOCK_K)
+            of_sources = tl.load(
+                features + source[:, None] * num_channels + channel[None],
+                mask=(i < num_sources)[:, None] & (channel < num_channels)[None], other=0.)
+            of_targets = tl.load(
+                features + target[None] * num_channels + channel[:, None],
+                mask=(j < num_targets)[None] & (channel < num_channels)[:, None], other=0.)
+            likeness = dot(of_sources, of_targets, likeness)
+        loss = 1. - likeness
+        if HAS_SIZE:
+            inverse_target = 1. / tl.load(size + target, mask=j < num_targets, other=1.)
+            loss = loss / (inverse_source[:, None] + inverse_target[None])
+        loss = tl.where((j < num_targets)[None] & (loss == loss), loss, float('inf'))
+        lowest = tl.min(loss, 1)
+        lowest_target = tl.argmin(loss, 1).to(tl.int32) + first_target
+        best_target = tl.where(lowest < best, lowest_target, best_target)
+        best = tl.minimum(lowest, best)
+    tl.store(least + i, best, mask=i < num_sources)
+    tl.store(nearest + i, best_target, mask=i < num_sources)
+
+
+@triton.jit
+def _decide(
+        least, nearest, present, goes, stays, place, left, present_after, follows,
+        num_tokens, num_patches, num_prefix, num_gone, width,
+        HAS_PRESENT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
+):
+    """Say which tokens of an image go, where the others are then, and whom each follows."""
+    num_sources = (num_patches + 1) // 2
+    i = tl.arange(0, BLOCK_S)
+    is_source = i < num_sources
+    mine = tl.load(least + i, mask=is_source, other=float('inf'))
+    rank = tl.zeros((BLOCK_S,), tl.int32)
+    for first in range(0, num_sources, BLOCK_J):
+        j = first + tl.arange(0, BLOCK_J)
+        other = tl.load(least + j, mask=j < num_sources, other=float('inf'))
+        is_before = (other[None] < mine[:, None]) | ((other[None] == mine[:, None]) & (j[None] < i[:, None]))
+        rank += tl.sum((is_before & (j < num_sources)[None]).to(tl.int32), 1)
+    is_gone = (rank < num_gone) & is_source
+    even, shift = _place(i, width)
+    source = num_prefix + even + shift
+    token = tl.arange(0, BLOCK_L)
+    is_token = token < num_tokens
+    tl.store(goes + i, is_gone.to(tl.int32), mask=is_source)
+    tl.store(stays + token, tl.full((BLOCK_L,), 1, tl.int32), mask=is_token)
+    tl.debug_barrier()
+    tl.store(stays + source, (is_gone == 0).to(tl.int32), mask=is_source)
+    tl.debug_barrier()
+    is_left = tl.load(stays + token, mask=is_token, other=0)
+    place_after = tl.cumsum(is_left, 0) - 1
+    is_left = is_token & (is_left == 1)
+    tl.store(place + token, place_after, mask=is_token)
+    tl.store(left + place_after, token, mask=is_left)
+    tl.store(follows + token, place_after, mask=is_left)
+    if HAS_PRESENT:
+        tl.store(present_after + place_after, tl.load(present + token, mask=is_left, other=0), mask=is_left)
+    else:
+        tl.store(present_after + place_after, token.to(tl.int64), mask=is_left)
+    tl.debug_barrier()
+    even, shift = _place(tl.load(nearest + i, mask=is_source, other=0), width)
+    into = num_prefix + even + 1 - shift
+    tl.store(follows + source, tl.load(place + into, mask=is_gone, other=0), mask=is_gone)
+
+
+@triton.jit
+def _averages(
+        x, size, nearest, goes, left, averages, size_after, log_size_after, first,
+        num_left, num_patches, num_channels, num_prefix, width,
+        HAS_SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Average into some tokens of an image that are left those that go into them, in the order of the grid."""
+    num_sources = (num_patches + 1) // 2
+    t = first + tl.arange(0, BLOCK_T)
+    is_left = t < num_left
+    token = tl.load(left + t, mask=is_left, other=0)
+    channel = tl.arange(0, BLOCK_C)
+    is_channel = channel < num_channels
+    mask = is_left[:, None] & is_channel[None]
+    own = tl.load(x + token[:, None] * num_channels + channel[None], mask=mask, other=0.).to(tl.float32)
+    if HAS_SIZE:
+        own_size = tl.load(size + token, mask=is_left, other=1.)
+    else:
+        own_size = tl.full((BLOCK_T,), 1., tl.float32)
+    patch = token - num_prefix
+    even, shift = _place(patch // 2, width)
+    is_target = (patch >= 0) & (patch - even != shift) & is_left
+    i = tl.arange(0, BLOCK_S)
+    is_gone = tl.load(goes + i, mask=i < num_sources, other=0) == 1
+    into = tl.load(nearest + i, mask=i < num_sources, other=-1)
+    is_member = is_gone[None] & (into[None] == (patch // 2)[:, None]) & is_target[:, None]
+    num_members = tl.sum(is_member.to(tl.int32), 1)
+
+    total = own_size
+    summed = own * own_size[:, None]
+    lengths = own_size * tl.sqrt(tl.sum(own * own, 1))
+    for _ in range(tl.max(num_members, 0)):
+        member = tl.min(tl.where(is_member, i[None], BLOCK_S), 1)
+        is_some = member < BLOCK_S
+        is_member = is_member & (i[None] != member[:, None])
+        even, shift = _place(member, width)
+        source = num_prefix + even + shift
+        values = tl.load(
+            x + source[:, None] * num_channels + channel[None], mask=is_some[:, None] & is_channel[None],
+            other=0.).to(tl.float32)
+        if HAS_SIZE:
+            weight = tl.load(size + source, mask=is_some, other=0.)
+        else:
+            weight = is_some.to(tl.float32)
+        total += weight
+        summed += values * weight[:, None]
+        lengths += weight * tl.sqrt(tl.sum(values * values, 1))
+    mean = summed / total[:, None]
+    kept = tl.sqrt(tl.sum(mean * mean, 1)) / tl.maximum(lengths / total, 1e-12)
+    kept = tl.maximum(kept, 0.01)  # opposite tokens, or all zero, are left as they are
+    is_average = num_members > 0
+    values = tl.where(is_average[:, None], mean / kept[:, None], own)
+    size_now = tl.where(is_average, total * kept, own_size)
+    tl.store(
+        averages + t[:, None] * num_channels + channel[None], values.to(averages.dtype.element_ty), mask=mask)
+    tl.store(size_after + t, size_now, mask=is_left)
+    tl.store(log_size_after + t, tl.log(size_now).to(log_size_after.dtype.element_ty), mask=is_left)
+
+
+@triton.jit
+def _feature_kernel(
+        x, weight, bias, features, num_rows, num_channels, eps,
+        HAS_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+        BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    _unit_features(
+        x, weight, bias, features, tl.program_id(0) * BLOCK_R, num_rows, num_channels, eps,
+        HAS_NORM, HAS_WEIGHT, HAS_BIAS, BLOCK_R, BLOCK_C)
+
+
+@triton.jit
+def _match_kernel(
+        features, size, least, nearest, num_tokens, num_patches, num_channels, num_prefix, width,
+        HAS_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    num_sources = (num_patches + 1) // 2
+    _best_matches(
+        features + image * num_tokens * num_channels, size + image * num_tokens, least + image * num_sources,
+        nearest + image * num_sources, tl.program_id(0) * BLOCK_M, num_patches, num_channels, num_prefix, width,
+        HAS_SIZE, BLOCK_M, BLOCK_N, BLOCK_K)
+
+
+@triton.jit
+def _decide_kernel(
+        least, nearest, present, goes, stays, place, left, present_after, follows,
+        num_tokens, num_patches, num_prefix, num_gone, width,
+        HAS_PRESENT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
+):
+    image = tl.program_id(0).to(tl.int64)
+    of_sources = image * ((num_patches + 1) // 2)
+    of_tokens = image * num_tokens
+    of_left = image * (num_tokens - num_gone)
+    _decide(
+        least + of_sources, nearest + of_sources, present + of_tokens, goes + of_sources, stays + of_tokens,
+        place + of_tokens, left + of_left, present_after + of_left, follows + of_tokens,
+        num_tokens, num_patches, num_prefix, num_gone, width, HAS_PRESENT, BLOCK_S, BLOCK_L, BLOCK_J)
+
+
+@triton.jit
+def _average_kernel(
+        x, size, nearest, goes, left, averages, size_after, log_size_after,
+        num_tokens, num_left, num_patches, num_channels, num_prefix, width,
+        HAS_SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    of_sources = image * ((num_patches + 1) // 2)
+    of_left = image * num_left
+    _averages(
+        x + image * num_tokens * num_channels, size + image * num_tokens, nearest + of_sources, goes + of_sources,
+        left + of_left, averages + of_left * num_channels, size_after + of_left, log_size_after + of_left,
+        tl.program_id(0) * BLOCK_T, num_left, num_patches, num_channels, num_prefix, width,
+        HAS_SIZE, BLOCK_T, BLOCK_S, BLOCK_C)
+
+
+@triton.jit
+def _one_launch_kernel(
+        x, of, weight, bias, features, size, least, nearest, present, goes, stays, place, left, present_after, follows,
+        averages, size_after, log_size_after, num_tokens, num_patches, num_channels, num_prefix, num_gone, width, eps,
+        HAS_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SIZE: tl.constexpr,
+        HAS_PRESENT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+        BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr,
+):
+    """All steps for one image."""
+    for first in range(0, num_tokens, BLOCK_R):
+        _unit_features(
+            of, weight, bias, features, first, num_tokens, num_channels, eps,
+            HAS_NORM, HAS_WEIGHT, HAS_BIAS, BLOCK_R, BLOCK_C)
+    tl.debug_barrier()
+    for first in range(0, (num_patches + 1) // 2, BLOCK_M):
+        _best_matches(
+            features, size, least, nearest, first, num_patches, num_channels, num_prefix, width,
+            HAS_SIZE, BLOCK_M, BLOCK_N, BLOCK_K)
+    tl.debug_barrier()
+    _decide(
+        least, nearest, present, goes, stays, place, left, present_after, follows,
+        num_tokens, num_patches, num_prefix, num_gone, width, HAS_PRESENT, BLOCK_S, BLOCK_L, BLOCK_J)
+    tl.debug_barrier()
+    for first in range(0, num_tokens - num_gone, BLOCK_T):
+        _averages(
+            x, size, nearest, goes, left, averages, size_after, log_size_after, first,
+            num_tokens - num_gone, num_patches, num_channels, num_prefix, width,
+            HAS_SIZE, BLOCK_T, BLOCK_S, BLOCK_C)
+
+
+def is_small(batch_size: int, num_patches: int, num_channels: int) -> bool:
+    """Whether an event takes one launch: for one image of few tokens. One program is slower than many side by side."""
+    return batch_size == 1 and num_patches <= 256 and num_channels <= 1024
+
+
+@triton_op('timm_evo::average_alike', mutates_args=())
+def average_alike(
+        x: Tensor,
+        features: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        feature_dtype: torch.dtype,
+        size: Tensor | None,
+        present: Tensor | None,
+        num_gone: int,
+        num_prefix: int,
+        width: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Average the patch tokens that another can stand for best into it: `match_tokens` to `average_tokens` in one.
+
+    Args:
+        x: Tokens (B, L, C).
+        features: What tells who is alike, of the shape of the tokens; None for the tokens as they leave a LayerNorm.
+        weight: Weight of that LayerNorm (C,), if it has one.
+        bias: Its bias (C,), if it has one.
+        eps: Its epsilon.
+        feature_dtype: In what numbers features are compared.
+        size: How many tokens each one counts (B, L) in float32; None for one each.
+        present: Positions of the tokens in the whole sequence (B, L); None for all, in order.
+        num_gone: Number of patch tokens that go R, of which there are S at most.
+        num_prefix: Number of prefix tokens P.
+        width: Width of the grid, if the patch tokens are a whole one; 0 if not.
+
+    Returns:
+        Tokens (B, K, C); how many tokens each one counts (B, K) in float32; the log of that in the type of the tokens;
+        their positions so far (B, K) in int32, in order, and in the whole sequence (B, K); for each token so far, the
+        position of the one that it follows among those left (B, L) in int32.
+    """
+    batch_size, num_tokens, num_channels = x.shape
+    num_patches = num_tokens - num_prefix
+    num_sources = (num_patches + 1) // 2
+    num_left = num_tokens - num_gone
+    x = x.contiguous()
+    has_norm = features is None
+    of = x if features is None else features.contiguous()
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    unit = empty(batch_size, num_tokens, num_channels, dtype=feature_dtype)
+    least, nearest = empty(batch_size, num_sources, dtype=torch.float32), empty(batch_size, num_sources)
+    goes, stays = empty(batch_size, num_sources), empty(batch_size, num_tokens)
+    place, follows = empty(batch_size, num_tokens), empty(batch_size, num_tokens)
+    left, present_after = empty(batch_size, num_left), empty(batch_size, num_left, dtype=torch.int64)
+    averages = empty(batch_size, num_left, num_channels, dtype=x.dtype)
+    size_after = empty(batch_size, num_left, dtype=torch.float32)
+    log_size = empty(batch_size, num_left, dtype=x.dtype)
+
+    # where something is absent, anything that is there stands for its address
+    weight_or, bias_or = (unit if part is None else part for part in (weight, bias))
+    size_or = least if size is None else size.contiguous()
+    present_or = present_after if present is None else present.contiguous()
+    norm = dict(HAS_NORM=has_norm, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None)
+    block_c, block_s = triton.next_power_of_2(num_channels), triton.next_power_of_2(num_sources)
+    block_l, block_j = triton.next_power_of_2(num_tokens), 64 if block_s <= 256 else 16
+    block_m = 64 if num_sources <= 512 else 128
+    tiles = dict(BLOCK_M=block_m, BLOCK_N=block_m, BLOCK_K=64)
+    if is_small(batch_size, num_patches, num_channels):
+        wrap_triton(_one_launch_kernel)[(1,)](
+            x, of, weight_or, bias_or, unit, size_or, least, nearest, present_or, goes, stays, place, left,
+            present_after, follows, averages, size_after, log_size, num_tokens, num_patches, num_channels, num_prefix,
+            num_gone, width, eps, **norm, HAS_SIZE=size is not None, HAS_PRESENT=present is not None,
+            BLOCK_R=max(1, 8192 // block_c), BLOCK_C=block_c, **tiles, BLOCK_S=block_s, BLOCK_L=block_l, BLOCK_J=block_j,
+            BLOCK_T=max(1, 8192 // block_c), num_warps=8)
+        return averages, size_after, log_size, left, present_after, follows
+    block_r = max(1, 2048 // block_c)
+    wrap_triton(_feature_kernel)[(triton.cdiv(batch_size * num_tokens, block_r),)](
+        of, weight_or, bias_or, unit, batch_size * num_tokens, num_channels, eps, **norm, BLOCK_R=block_r,
+        BLOCK_C=block_c, num_warps=4)
+    wrap_triton(_match_kernel)[(triton.cdiv(num_sources, block_m), batch_size)](
+        unit, size_or, least, nearest, num_tokens, num_patches, num_channels, num_prefix, width,
+        HAS_SIZE=size is not None, **tiles, num_warps=4 if block_m == 64 else 8)
+    wrap_triton(_decide_kernel)[(batch_size,)](
+        least, nearest, present_or, goes, stays, place, left, present_after, follows, num_tokens, num_patches,
+        num_prefix, num_gone, width, HAS_PRESENT=present is not None, BLOCK_S=block_s, BLOCK_L=block_l,
+        BLOCK_J=block_j, num_warps=8)
+    block_t = max(1, 2048 // max(block_c, block_s))
+    wrap_triton(_average_kernel)[(triton.cdiv(num_left, block_t), batch_size)](
+        x, size_or, nearest, goes, left, averages, size_after, log_size, num_tokens, num_left, num_patches,
+        num_channels, num_prefix, width, HAS_SIZE=size is not None, BLOCK_T=block_t, BLOCK_S=block_s, BLOCK_C=block_c,
+        num_warps=4)
+    return averages, size_after, log_size, left, present_after, follows
+
+
+@register_flop_formula(torch.ops.timm_evo.average_alike)
+def _average_alike_flops(x_shape, *args, **kwargs) -> int:
+    num_patches = x_shape[1] - args[-2]
+    return 2 * x_shape[0] * ((num_patches + 1) // 2) * (num_patches // 2) * x_shape[2]
+
+
+@triton.jit
+def _follow_kernel(
+        before, averages, tokens, follows, out, num_rows, num_before, num_after, num_channels,
+        BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channel = tl.arange(0, BLOCK_C)
+    is_row = row < num_rows
+    mask = is_row[:, None] & (channel < num_channels)[None]
+    followed = (row // num_before).to(tl.int64) * num_after + tl.load(follows + row, mask=is_row, other=0)
+    place = row[:, None].to(tl.int64) * num_channels + channel[None]
+    followed = followed[:, None] * num_channels + channel[None]
+    moved = tl.load(tokens + followed, mask=mask, other=0.).to(tl.float32)
+    moved -= tl.load(averages + followed, mask=mask, other=0.).to(tl.float32)
+    moved += tl.load(before + place, mask=mask, other=0.).to(tl.float32)
+    tl.store(out + place, moved.to(out.dtype.element_ty), mask=mask)
+
+
+@triton_op('timm_evo::follow_averages', mutates_args=())
+def follow_averages(before: Tensor, averages: Tensor, tokens: Tensor, follows: Tensor) -> Tensor:
+    """Give the tokens back that went into averages, as `method.similarity.follow_averages`.
+
+    Args:
+        before: Tokens before some went into others (B, L, C).
+        averages: Tokens right after that (B, K, C).
+        tokens: Tokens now (B, K, C).
+        follows: Position of the one that each follows (B, L) in int32.
+
+    Returns:
+        Tokens now, all of them (B, L, C).
+    """
+    batch_size, num_before, num_channels = before.shape
+    out = torch.empty_like(before, memory_format=torch.contiguous_format)
+    block_c = triton.next_power_of_2(num_channels)
+    block_r = max(1, 4096 // block_c)
+    num_rows = batch_size * num_before
+    wrap_triton(_follow_kernel)[(triton.cdiv(num_rows, block_r),)](
+        before.contiguous(), averages, tokens.contiguous(), follows, out, num_rows, num_before, averages.shape[1],
+        num_channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+    return out

@@ -1,0 +1,54 @@
+""" A mask that attends itself
+
+timm's blocks hand a mask on to `scaled_dot_product_attention`, which asks it first, as PyTorch's own `CausalBias` is
+asked. So blocks stay as they are, and whatever else they do with the mask, it is the plain tensor that it is.
+"""
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..torch_private import WithoutTorchFunction
+from .choice import can_run, launch
+
+__all__ = ['SizeMask']
+
+
+class SizeMask(Tensor):
+    """Log of how many tokens each key counts (B, 1, 1, L), to be added to the products."""
+
+    @classmethod
+    def of(cls, log_size: Tensor) -> Tensor:
+        """From that of each key (B, L). A plain mask of what has no values, which has a class of its own."""
+        mask = log_size.unsqueeze(1).unsqueeze(1)
+        return mask.as_subclass(cls) if type(mask) is Tensor else mask
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with WithoutTorchFunction():
+            if func is F.scaled_dot_product_attention:
+                return _attend(*args, **kwargs)
+            return func(*args, **kwargs)
+
+
+def _attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+) -> Tensor:
+    """See `torch.nn.functional.scaled_dot_product_attention`."""
+    attn_mask = attn_mask.view(attn_mask.shape)  # a plain tensor
+    if torch.is_autocast_enabled(query.device.type):  # it casts what operators of PyTorch take
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) if x.dtype == torch.float32 else x for x in (query, key, value))
+    if dropout_p or is_causal or not (can_run(query) and can_run(key) and can_run(value)) or not (
+            query.dtype == key.dtype == value.dtype and query.dim() == 4 and query.shape[3] == value.shape[3] <= 128):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask.to(query.dtype), dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    return launch('attend', query, key, value, attn_mask.flatten(1), scale)
