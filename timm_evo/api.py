@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import EvolutionConfig, takes_evolution_arguments
 from .models.base import EvolvedModel, architecture, find_evolved
-from .models.evolving import check_arguments, give_evolution
+from .models.evolving import check_arguments, evolved_class, give_evolution
 
 __all__ = ['evolve', 'evolved', 'restore']
 
@@ -29,8 +29,9 @@ def evolve(model: nn.Module, **arguments: Any) -> EvolvedModel:
         TypeError: The model is of another class, or has blocks that cannot be evolved; or an argument is not known.
         ValueError: An argument is outside what is allowed.
     """
-    check_arguments(model, arguments)
-    return give_evolution(model, EvolutionConfig(**arguments))
+    evolved_cls = evolved_class(model)
+    check_arguments(evolved_cls, arguments)
+    return give_evolution(model, evolved_cls, EvolutionConfig(**arguments))
 
 
 def restore(model: EvolvedModel) -> nn.Module:

@@ -79,7 +79,7 @@ def _evolve(dense: str, evolved_cls: Any, kwargs: dict[str, Any]) -> nn.Module:
     evolved_cls.check_model_names(kwargs)
     arguments, dense_args = evolved_cls.split_arguments(kwargs)
     model = model_entrypoint(dense)(pretrained=False, **dense_args)
-    return evolving.give_evolution(model, EvolutionConfig(**arguments))
+    return evolving.give_evolution(model, evolving.evolved_class(model), EvolutionConfig(**arguments))
 
 
 def _build_levit(dense: str, **kwargs) -> nn.Module:
