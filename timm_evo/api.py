@@ -48,12 +48,10 @@ def restore(model: EvolvedModel) -> nn.Module:
         ValueError: It has a class token in the place of LeViT's biases, so there is no dense model of it.
     """
     if not isinstance(model, EvolvedModel):
-        found = find_evolved(model) if isinstance(model, nn.Module) else None
-        if found is not None:
-            raise TypeError(
-                f'{type(model).__name__} is not evolved itself, it has an evolved model as `.{found[0]}`: '
-                'restore that.')
-        raise TypeError(f'{type(model).__name__} is not evolved, there is nothing to restore.')
+        path, _ = find_evolved(model)
+        raise TypeError(f'{type(model).__name__} is not evolved' + (
+            f' itself, it has an evolved model as `.{path}`: restore that.' if path else
+            ', there is nothing to restore.'))
     model._check_restorable()
     dense_architecture, evolution_args = model.dense_architecture, model.ARGUMENTS
     model._take_evolution_away(model._added)

@@ -223,9 +223,10 @@ def input_size(model: EvolvedModel) -> tuple[int, int, int]:
     return channels, *(embed.img_size or model.pretrained_cfg['input_size'][1:])
 
 
-def find_evolved(model: nn.Module) -> tuple[str, EvolvedModel] | None:
-    """The first evolved model within another module, or itself, and the name it has there; None if there is none."""
-    return next(((name, module) for name, module in model.named_modules() if isinstance(module, EvolvedModel)), None)
+def find_evolved(model: object) -> tuple[str, EvolvedModel | None]:
+    """The first evolved model within a module, or that itself, behind its name there, or None behind an empty one."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return next(((name, module) for name, module in modules if isinstance(module, EvolvedModel)), ('', None))
 
 
 @contextmanager
