@@ -192,16 +192,12 @@ class LevitEvolution(EvolvedModel):
             take_indices: Collection[int] = (),
             stop: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run stem and stages.
+        """Images (B, C, H, W) to the full, ordered sequence after the last stage (B, P + N, C), and feature maps.
 
         Args:
-            x: Images (B, C, H, W).
-            take_indices: Stages whose feature maps are wanted.
+            x: Images.
+            take_indices: Stages whose feature maps (B, C, H, W) are wanted.
             stop: Number of stages to run, all if None.
-
-        Returns:
-            Full, ordered sequence after the last stage (B, P + N, C).
-            Feature maps (B, C, H, W).
         """
         x = self._forward_stem(x)
         self._follow_count()
