@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import EvolutionConfig, takes_evolution_arguments
 from .models.base import EvolvedModel, architecture, find_evolved
-from .models.evolving import check_arguments, give_evolution
+from .models.evolving import check_arguments, evolved_class, give_evolution
 
 __all__ = ['evolve', 'evolved', 'restore']
 
@@ -29,8 +29,9 @@ def evolve(model: nn.Module, **arguments: Any) -> EvolvedModel:
         TypeError: The model is of another class, or has blocks that cannot be evolved; or an argument is not known.
         ValueError: An argument is outside what is allowed.
     """
-    check_arguments(model, arguments)
-    return give_evolution(model, EvolutionConfig(**arguments))
+    evolved_cls = evolved_class(model)
+    check_arguments(evolved_cls, arguments)
+    return give_evolution(model, evolved_cls, EvolutionConfig(**arguments))
 
 
 def restore(model: EvolvedModel) -> nn.Module:
@@ -47,12 +48,10 @@ def restore(model: EvolvedModel) -> nn.Module:
         ValueError: It has a class token in the place of LeViT's biases, so there is no dense model of it.
     """
     if not isinstance(model, EvolvedModel):
-        found = find_evolved(model) if isinstance(model, nn.Module) else None
-        if found is not None:
-            raise TypeError(
-                f'{type(model).__name__} is not evolved itself, it has an evolved model as `.{found[0]}`: '
-                'restore that.')
-        raise TypeError(f'{type(model).__name__} is not evolved, there is nothing to restore.')
+        path, _ = find_evolved(model)
+        raise TypeError(f'{type(model).__name__} is not evolved' + (
+            f' itself, it has an evolved model as `.{path}`: restore that.' if path else
+            ', there is nothing to restore.'))
     model._check_restorable()
     dense_architecture, evolution_args = model.dense_architecture, model.ARGUMENTS
     model._take_evolution_away(model._added)

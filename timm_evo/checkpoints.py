@@ -157,20 +157,7 @@ def build_official(
         model_name: str,
         model_kwargs: dict[str, Any],
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the model of an official state dict, as `load_official` does.
-
-    Args:
-        state_dict: The official model's state dict.
-        model_name: An `evo_deit_*` or `evo_levit_cls_*` model of the same size.
-        model_kwargs: Arguments of the model that differ from the settings of the published models.
-
-    Returns:
-        The model in evaluation mode, without the heads that are left out at inference.
-        The arguments that `timm.create_model` got for it.
-
-    Raises:
-        ValueError: There is no such model, it does not take the arguments, or the weights do not fit it.
-    """
+    """Build the model of an official state dict, see `load_official`."""
     family = _official_family(state_dict)
     models = timm.list_models(f'evo_{family.lower()}_*', exclude_filters='*_distilled_*')
     models = [name for name in models if is_evolved(name)]

@@ -93,16 +93,15 @@ class EvolutionConfig:
     def _check_selection(self) -> None:
         """Refuse arguments that this selection has not."""
         needs = {}
-        if self.selection not in (None, 'stage'):
-            needs = dict(layerwise_updates="'stage'")
         if self.selection == 'similarity':
-            needs |= dict(stage_depth="'stage'", tradeoff="'stage' or 'layer'", fast_update="'stage' or 'layer'")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in needs and value != field.default:
+            needs = dict(stage_depth="'stage'", tradeoff="'stage' or 'layer'", fast_update="'stage' or 'layer'")
+        if self.selection not in (None, 'stage'):
+            needs['layerwise_updates'] = "'stage'"
+        for name, selections in needs.items():
+            if (value := getattr(self, name)) != DEFAULTS[name]:
                 raise ValueError(
-                    f'{field.name}={value!r} is not allowed with selection={self.selection!r}, it needs '
-                    f'selection={needs[field.name]}.')
+                    f'{name}={value!r} is not allowed with selection={self.selection!r}, it needs '
+                    f'selection={selections}.')
 
 
 DEFAULTS = {field.name: field.default for field in fields(EvolutionConfig)}

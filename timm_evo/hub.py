@@ -47,6 +47,9 @@ def model_card(model: nn.Module, name: str) -> dict[str, Any]:
     begins, keep_ratio, _, tradeoff = model.schedule
     selections = [f'{ratio:.3g} at {i}' for i, ratio in enumerate(keep_ratio) if begins[i] and ratio < 1]
     is_learned = any(name.endswith('learn_tradeoff') for name in model.state_dict())
+    image = next(model.parameters()).new_zeros(1, *input_size(model))
+    with evaluating(model):
+        gmacs = count_gmacs(model, image)
     evolution = {
         'Selection': model.evolution_config.selection,
         'Share of slow tokens, and the block (LeViT: attention) that selects them': ', '.join(selections),
@@ -59,8 +62,8 @@ def model_card(model: nn.Module, name: str) -> dict[str, Any]:
         'details': {
             'Model Stats': {
                 'Params (M)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
-                'GMACs': f'{_gmacs(model):.3f}',
-                'Image size': ' x '.join(map(str, input_size(model)[1:])),
+                'GMACs': f'{gmacs:.3f}',
+                'Image size': ' x '.join(map(str, image.shape[2:])),
                 'Classes': model.num_classes,
             },
             'Token evolution': evolution,
@@ -182,9 +185,9 @@ def _check_created_evolved(model: nn.Module) -> EvolvedModel:
     """Refuse what would not be loaded as it is."""
     name = type(model).__name__
     if not isinstance(model, EvolvedModel):
-        found = find_evolved(model)
+        path, _ = find_evolved(model)
         raise TypeError(
-            f'{name} is not evolved, it has an evolved model as `.{found[0]}`: take that.' if found else
+            f'{name} is not evolved, it has an evolved model as `.{path}`: take that.' if path else
             f"{name} is not evolved. timm's save_for_hf and push_to_hf_hub write a dense model; an evolved one is made "
             "by timm.create_model('evo_*').")
     if not hasattr(model, 'pretrained_cfg'):
@@ -196,10 +199,3 @@ def _check_created_evolved(model: nn.Module) -> EvolvedModel:
                 f'Create evo_{dense} and load the weights into it.' if is_evolved(f'evo_{dense}') else
                 f"Restore it and save it as {dense}, by timm's save_for_hf or push_to_hf_hub."))
     return model
-
-
-def _gmacs(model: EvolvedModel) -> float:
-    """Of an image as the model takes it, whatever mode it is in."""
-    image = next(model.parameters()).new_zeros(1, *input_size(model))
-    with evaluating(model):
-        return count_gmacs(model, image)

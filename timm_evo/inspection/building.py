@@ -55,8 +55,7 @@ def build_without_weights(
     try:
         with torch.device('meta'), torch.no_grad():
             model = _create(name, False, (defaults or {}) | model_kwargs)
-            found = find_evolved(model)
-            evolved = evolve(model) if found is None else found[1]
+            evolved = find_evolved(model)[1] or evolve(model)
             model(next(model.parameters()).new_zeros(1, *input_size(evolved)))
     except Exception as error:
         raise ValueError(f'{name} cannot be used{_with(model_kwargs)}. {reason(error)}') from error

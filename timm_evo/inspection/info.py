@@ -30,9 +30,8 @@ def summarise(name: str, **kwargs: Any) -> str:
         raise ValueError(f'{name} is not evolved, evo_{name} is.' if is_evolved(f'evo_{name}') else
                          f'{name} is not evolved.')
     model = build_without_weights(name, kwargs)
-    found = find_evolved(model)  # within features_only=True
-    assert found is not None
-    evolved = found[1]
+    _, evolved = find_evolved(model)  # within features_only=True
+    assert evolved is not None
     dense_kwargs = {key: value for key, value in kwargs.items() if key not in evolved.ARGUMENTS}
     with torch.device('meta'):
         dense = timm.create_model(evolved.dense_architecture, **dense_kwargs).eval()

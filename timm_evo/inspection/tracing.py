@@ -53,10 +53,9 @@ def trace(model: nn.Module, images: Tensor) -> list[Selection]:
     Raises:
         TypeError: There is no evolved model in it.
     """
-    found = find_evolved(model)
-    if found is None:
+    _, evolved = find_evolved(model)
+    if evolved is None:
         raise TypeError(f'{type(model).__name__} cannot be traced, it is not evolved and has no evolved model in it.')
-    evolved = found[1]
     record = Record(evolved.num_prefix_tokens)
     with evaluating(evolved):
         twin = _twin(evolved)

@@ -81,7 +81,8 @@ def visualize(image: Photo | Tensor, model: nn.Module, **evolution_args) -> 'Fig
         if selection.scores is None:
             _draw_groups(axes[0, i], photo, selection)
         else:
-            axes[0, i].imshow(_darken(photo, selection).numpy())
+            slow = _to_pixels(selection.slow[0].cpu(), photo).unsqueeze(2)
+            axes[0, i].imshow((photo * (0.2 + 0.8 * slow)).numpy())
             axes[1, i].imshow(selection.scores[0].float().cpu().numpy(), cmap='viridis')
             axes[1, i].set_title('scores', fontsize=9)
     return figure
@@ -112,28 +113,28 @@ def write_page(
         raise ValueError('keep_ratios=[] is not allowed, a page needs at least one.')
     if not isinstance(image, Tensor):
         image = open_photo(image)
-    for keep_ratio in keep_ratios:
-        with _evolved(model, evolution_args | {'keep_ratio': keep_ratio}):
-            pass  # refuses what is not allowed before the first one is run
     runs = []
-    for keep_ratio in keep_ratios:
-        with _evolved(model, evolution_args | {'keep_ratio': keep_ratio}) as evolved_model, evaluating(evolved_model):
-            pixels, photo = _prepare(image, evolved_model)
+    with _evolved(model, evolution_args | {'keep_ratio': keep_ratios[0]}) as evolved_model, evaluating(evolved_model):
+        for keep_ratio in keep_ratios:
+            evolved_model.set_evolution(keep_ratio=keep_ratio)  # refuses what is not allowed before anything is run
+        pixels, photo = _prepare(image, evolved_model)
+        for keep_ratio in keep_ratios:
+            evolved_model.set_evolution(keep_ratio=keep_ratio)
             runs.append({
                 'keep_ratio': keep_ratio,
                 'gmacs': round(count_gmacs(evolved_model, pixels), 3),
                 'selections': [_describe(selection) for selection in trace(evolved_model, pixels)],
             })
-            name = evolved_model.dense_architecture or type(evolved_model).__name__
-            shown = photo, name, _count_blocks(evolved_model), evolved_model.evolution['selection']
-    buffer = io.BytesIO()
-    photo, name, depth, selection = shown  # pyright: ignore[reportPossiblyUnboundVariable]  # there is a keep ratio
-    Image.fromarray((photo * 255).round().byte().numpy()).save(buffer, 'PNG')
-    data = {
-        'model': name, 'selection': selection, 'depth': depth, 'runs': runs,
-        'image': 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode(),
-        'width': photo.shape[1], 'height': photo.shape[0],
-    }
+        buffer = io.BytesIO()
+        Image.fromarray((photo * 255).round().byte().numpy()).save(buffer, 'PNG')
+        data = {
+            'model': evolved_model.dense_architecture or type(evolved_model).__name__,
+            'selection': evolved_model.evolution['selection'],
+            'depth': _count_blocks(evolved_model),
+            'runs': runs,
+            'image': 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode(),
+            'width': photo.shape[1], 'height': photo.shape[0],
+        }
     page = files('timm_evo.inspection').joinpath(PAGE).read_text(encoding='utf-8')
     text = json.dumps(data).replace('<', '\\u003c')  # a name cannot end the script
     Path(file).write_text(page.replace('"DATA"', text), encoding='utf-8')
@@ -154,10 +155,10 @@ def figure_class() -> 'type[Figure]':
 
 def _evolved(model: nn.Module, evolution_args: dict):
     """The evolved model to look at, for the time of a `with`."""
-    found = find_evolved(model) if isinstance(model, nn.Module) else None
+    _, found = find_evolved(model)
     if found is not None and not evolution_args:
-        return nullcontext(found[1])
-    return evolved(model if found is None else found[1], **evolution_args)
+        return nullcontext(found)
+    return evolved(model if found is None else found, **evolution_args)
 
 
 def open_photo(image: Photo) -> Image.Image:
@@ -256,11 +257,6 @@ def _describe(selection: Selection) -> dict:
 def _to_pixels(values: Tensor, photo: Tensor) -> Tensor:
     """Values of patches (H, W) as values of pixels."""
     return F.interpolate(values[None, None].float(), photo.shape[:2], mode='nearest-exact')[0, 0]
-
-
-def _darken(photo: Tensor, selection: Selection) -> Tensor:
-    slow = _to_pixels(selection.slow[0].cpu(), photo).unsqueeze(2)
-    return photo * (0.2 + 0.8 * slow)
 
 
 def _draw_groups(axis: 'Axes', photo: Tensor, selection: Selection) -> None:

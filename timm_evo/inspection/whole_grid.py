@@ -36,12 +36,12 @@ def whole_grid(model: nn.Module) -> 'Iterator[WholeGrid]':
     Raises:
         TypeError: There is no evolved model in it.
     """
-    found = find_evolved(model)
-    if found is None:
+    _, evolved = find_evolved(model)
+    if evolved is None:
         raise TypeError(f'{type(model).__name__} has a whole grid everywhere, it is not evolved.')
-    record = Record(found[1].num_prefix_tokens)
+    record = Record(evolved.num_prefix_tokens)
     try:
-        with recording(found[1], record):
+        with recording(evolved, record):
             yield WholeGrid(record)
     finally:
         record.forget()  # a hook that stays may see later passes, which nobody notes
@@ -82,8 +82,7 @@ class WholeGrid:
             ValueError: The last forward pass had no such tokens, or several selections of so many.
             RuntimeError: There was no forward pass within the `with`, or that has ended.
         """
-        step = self._find(x, block)
-        return x if step is None else _spread(x, step, -2)
+        return _spread(x, self._find(x, block), -2)
 
     def gradients(self, x: Tensor, block: int | None = None) -> Tensor:
         """Gradients: tokens that are one share its gradient equally, so the sum over all is what it was.
@@ -98,8 +97,7 @@ class WholeGrid:
         Raises:
             ValueError: As of `tokens`.
         """
-        step = self._find(x, block)
-        return x if step is None else _share(x, step, -2)
+        return _share(x, self._find(x, block), -2)
 
     def attention(self, x: Tensor, block: int | None = None) -> Tensor:
         """Attention maps: tokens that are one look at the same, and share equally what looks at it.
@@ -119,10 +117,8 @@ class WholeGrid:
         if x.dim() != 4 or x.shape[-1] != x.shape[-2]:
             raise ValueError(f'x of shape {tuple(x.shape)} is not allowed, attention maps are of shape (B, H, L, L).')
         step = self._find(x, block)
-        if step is None:
-            return x
         whole = _spread(_share(x, step, -1), step, -2)
-        if not step.has_representative:
+        if step is not None and not step.has_representative:
             follows_nothing = step.place == step.num_tokens
             whole = whole + follows_nothing.to(x.dtype).diag_embed().unsqueeze(1)
         return whole
@@ -146,13 +142,13 @@ class WholeGrid:
             self._steps, self._shown, self._num_gradients = self._record.steps, [], 0
         if self._record.running:
             step = self._find(x, None)
-            whole = x if step is None else _spread(x, step, -2)
+            whole = _spread(x, step, -2)
             self._shown.append(step)
         elif self._shown:
             step = self._shown[-1 - self._num_gradients % len(self._shown)]
             self._num_gradients += 1
             self._check(x, step)
-            whole = x if step is None else _share(x, step, -2)
+            whole = _share(x, step, -2)
         else:
             whole = self.gradients(x)
         num_prefix_tokens = self._record.num_prefix_tokens
@@ -209,8 +205,10 @@ class WholeGrid:
         return f'tokens{images}: ' + ', '.join(f'{numbers[block]} from block {block} on' for block in sorted(numbers))
 
 
-def _spread(x: Tensor, step: Step, dim: int) -> Tensor:
+def _spread(x: Tensor, step: Step | None, dim: int) -> Tensor:
     """Values of the tokens present in the places of all, along a dimension counted from the last."""
+    if step is None:
+        return x
     if not step.has_representative:  # zero for tokens that follow nothing
         x = F.pad(x, [0, 0] * (-1 - dim) + [0, 1])
     shape = [len(step.place)] + [1] * (x.dim() - 1)
@@ -218,8 +216,10 @@ def _spread(x: Tensor, step: Step, dim: int) -> Tensor:
     return x.take_along_dim(step.place.view(shape), dim)
 
 
-def _share(x: Tensor, step: Step, dim: int) -> Tensor:
+def _share(x: Tensor, step: Step | None, dim: int) -> Tensor:
     """As `_spread`, in equal parts that have the same sum."""
+    if step is None:
+        return x
     number = torch.zeros(len(step.place), step.num_tokens + 1, dtype=x.dtype, device=x.device)
     number = number.scatter_add(1, step.place, torch.ones_like(step.place, dtype=x.dtype))[:, :step.num_tokens]
     shape = [len(x)] + [1] * (x.dim() - 1)

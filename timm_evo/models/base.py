@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..config import ARGUMENTS, WEIGHTED, EvolutionConfig, nearest, plain, takes_evolution_changes
-from ..method.schedule import Schedule, cut_schedule
+from ..method.schedule import Schedule
 from ..method.selector import Record
 from ..training.layer_to_stage import LayerToStage, layerwise_class
 from .classes import attribute_names, change_class
@@ -81,7 +81,7 @@ class EvolvedModel(_Dense):
             if name in WEIGHTED and name in self.ARGUMENTS:
                 raise TypeError(f'{name} cannot change at run time, it has weights: create the model with it.')
         self.check_names(arguments, self.evolution)
-        given = EvolutionConfig(**arguments)
+        given = EvolutionConfig(**arguments)  # which also tells editors their names
         arguments = {name: getattr(given, name) for name in arguments}  # as plain values
         self._set_config(replace(self.evolution_config, **arguments))
         # where a newer timm notes what it saves a model with; one that `evolve` has made is saved as dense
@@ -133,9 +133,8 @@ class EvolvedModel(_Dense):
     @classmethod
     def argument_names(cls) -> list[str]:
         """Names of the arguments that a model of this class takes: those of evolution, and those of timm's."""
-        functions = [vars(base)['__init__'] for base in cls.__mro__ if '__init__' in vars(base)]
-        parameters = [parameter for init in functions for parameter in inspect.signature(init).parameters.values()]
-        dense = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - {'self'}
+        specs = [inspect.getfullargspec(vars(base)['__init__']) for base in cls.__mro__ if '__init__' in vars(base)]
+        dense = {name for spec in specs for name in [*spec.args, *spec.kwonlyargs]} - {'self'}
         return sorted(dense.union(cls.ARGUMENTS))
 
     def extra_repr(self) -> str:
@@ -148,24 +147,34 @@ class EvolvedModel(_Dense):
 
     def _set_config(self, config: EvolutionConfig) -> None:
         """Take arguments that can change at run time, or refuse one before anything is changed."""
+        schedule = self._make_schedule(config)
+        self.evolution_config = config
+        if config.layerwise_updates and not isinstance(self, LayerToStage):
+            change_class(self, layerwise_class)
+        self._start_schedule(schedule)
+
+    def _make_schedule(self, config: EvolutionConfig) -> Schedule:
+        """The schedule of these arguments for the blocks that are there; refuses what the model does not allow."""
         raise NotImplementedError
 
-    def _plan(self, schedule: Schedule) -> None:
-        """Put a schedule in force, after the layer-wise one that it asks for."""
-        if self.evolution_config.layerwise_updates and not isinstance(self, LayerToStage):
-            change_class(self, layerwise_class)
-        self._take_plan(schedule)
+    def _start_schedule(self, schedule: Schedule) -> None:
+        """Begin with a new schedule; layer-to-stage training applies another one before it."""
+        self._apply_schedule(schedule)
 
-    def _take_plan(self, schedule: Schedule) -> None:
-        self._set_schedule(schedule)
-
-    def _set_schedule(self, schedule: Schedule) -> None:
-        """Take a schedule, for a model that hands its parts on to extend."""
+    def _apply_schedule(self, schedule: Schedule) -> None:
+        """Go by a schedule from now on; a model that hands its parts on extends this."""
         self.schedule = schedule
 
-    def _cut_schedule(self, length: int) -> None:
-        """Leave the first entries of the schedule, where a model has lost the blocks of the others."""
-        self._set_schedule(cut_schedule(self.schedule, length))
+    def prune_intermediate_layers(
+            self,
+            indices: int | list[int] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Prune layers or stages not required for specified intermediates, as timm's."""
+        take_indices = super().prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
+        self._set_config(self.evolution_config)  # whose schedule is cut to the blocks that are left
+        return take_indices
 
     def _follow_count(self) -> None:
         """Called by each forward pass; layer-to-stage training listens here."""
@@ -214,9 +223,10 @@ def input_size(model: EvolvedModel) -> tuple[int, int, int]:
     return channels, *(embed.img_size or model.pretrained_cfg['input_size'][1:])
 
 
-def find_evolved(model: nn.Module) -> tuple[str, EvolvedModel] | None:
-    """The first evolved model within another module, or itself, and the name it has there; None if there is none."""
-    return next(((name, module) for name, module in model.named_modules() if isinstance(module, EvolvedModel)), None)
+def find_evolved(model: object) -> tuple[str, EvolvedModel | None]:
+    """The first evolved model within a module, or that itself, behind its name there, or None behind an empty one."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return next(((name, module) for name, module in modules if isinstance(module, EvolvedModel)), ('', None))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ The authors' DeiT classifies the mean of the patch tokens. While it is trained, 
 that what selects is supervised.
 """
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ else:
 
 class ClassHead(_Model):
     """`class_head=True` of a model whose own head is timm's `head(head_drop(fc_norm(pool(x))))`."""
-    if TYPE_CHECKING:
-        def __getattr__(self, name: str) -> Any: ...
 
     def _init_class_head(self, class_head: bool) -> None:
         if class_head and (self.global_pool != 'avg' or not self.has_class_token):

@@ -1,5 +1,5 @@
 """ A dense model becomes evolved """
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -13,65 +13,32 @@ from . import eva, levit, vision_transformer
 from .base import EvolvedModel, architecture
 from .classes import attribute_names, change_class, combined_class
 
-__all__ = ['check_arguments', 'give_evolution']
+__all__ = ['check_arguments', 'evolved_class', 'give_evolution']
 
-
-class _Family(NamedTuple):
-    """Evolved classes of a class of timm and of what is derived from it.
-
-    Attributes:
-        known: By timm's classes whose head is known, subclasses before their bases.
-        other: What stands before a class with a head of its own, of which nothing is known.
-    """
-    known: dict[type[nn.Module], type[EvolvedModel]]
-    other: type[EvolvedModel]
-
-
-_FAMILIES: dict[type[nn.Module], _Family] = {
-    VisionTransformer: _Family({
-        VisionTransformerDistilled: vision_transformer.EvoVisionTransformerDistilled,
-        VisionTransformer: vision_transformer.EvoVisionTransformer,
-    }, vision_transformer.VisionTransformerEvolution),
-    Eva: _Family({Eva: eva.EvoEva}, eva.EvaEvolution),
-    Levit: _Family({LevitDistilled: levit.EvoLevit}, levit.LevitEvolution),
+# What stands before a class of timm, and of what is derived from it, where nothing is known of the head.
+_EVOLUTIONS: dict[type[nn.Module], type[EvolvedModel]] = {
+    VisionTransformer: vision_transformer.VisionTransformerEvolution,
+    Eva: eva.EvaEvolution,
+    Levit: levit.LevitEvolution,
+}
+# Evolved classes of those whose head is known, subclasses before their bases.
+_EVOLVED: dict[type[nn.Module], type[EvolvedModel]] = {
+    VisionTransformerDistilled: vision_transformer.EvoVisionTransformerDistilled,
+    VisionTransformer: vision_transformer.EvoVisionTransformer,
+    Eva: eva.EvoEva,
+    LevitDistilled: levit.EvoLevit,
 }
 # What evolution replaces of a model. A class with an own one of these is another model than timm's.
 _REPLACED = ('forward', 'forward_features', 'forward_intermediates', 'get_intermediate_layers')
 
 
-def _class_in_family(
-        dense_cls: type[nn.Module],
-        timm_cls: type[nn.Module],
-        family: _Family,
-) -> type[EvolvedModel]:
-    """The evolved class of timm's class of a family, or of a subclass of it.
+def check_arguments(evolved_cls: type[EvolvedModel], arguments: dict[str, Any]) -> None:
+    """Refuse arguments that a model of this class would not have. Those of other families may be at their defaults.
 
     Raises:
-        TypeError: The class has a forward pass of its own.
-    """
-    for method in _REPLACED:
-        if hasattr(timm_cls, method) and getattr(dense_cls, method) is not getattr(timm_cls, method):
-            raise TypeError(
-                f"{dense_cls.__name__} cannot be evolved, its {method} is its own and not that of timm's "
-                f'{timm_cls.__name__}.')
-    if dense_cls in family.known:
-        return family.known[dense_cls]
-    for known_cls, evolved_cls in family.known.items():
-        is_known = hasattr(known_cls, 'pool') and all(  # a LeViT has parts of its own for two heads
-            getattr(dense_cls, name) is getattr(known_cls, name) for name in ('forward_head', 'pool'))
-        if issubclass(dense_cls, known_cls) and is_known:
-            return combined_class(evolved_cls, dense_cls)
-    return combined_class(family.other, dense_cls)
-
-
-def check_arguments(model: nn.Module, arguments: dict[str, Any]) -> None:
-    """Refuse arguments that the evolved model would not have. Those of other families may be at their defaults.
-
-    Raises:
-        TypeError: The model cannot be evolved, or an argument is not known.
+        TypeError: An argument is not known.
         ValueError: The argument is only for a model that is created evolved.
     """
-    evolved_cls = _evolved_class(model)
     if issubclass(evolved_cls, levit.LevitEvolution) and arguments.get('class_token'):
         raise ValueError(
             'class_token=True is not allowed for a model that is there, its attentions would lose their biases. Create '
@@ -80,9 +47,8 @@ def check_arguments(model: nn.Module, arguments: dict[str, Any]) -> None:
     evolved_cls.check_names(changed, evolved_cls.ARGUMENTS)
 
 
-def give_evolution(model: nn.Module, config: EvolutionConfig) -> EvolvedModel:
-    """Give token evolution to a dense timm model, in place, see `timm_evo.evolve`."""
-    evolved_cls = _evolved_class(model)
+def give_evolution(model: nn.Module, evolved_cls: type[EvolvedModel], config: EvolutionConfig) -> EvolvedModel:
+    """Give token evolution to a dense timm model of this `evolved_class`, in place, see `timm_evo.evolve`."""
     dense = attribute_names(model)
     change_class(model, lambda dense_cls: evolved_cls)
     model = cast(EvolvedModel, model)
@@ -95,8 +61,28 @@ def give_evolution(model: nn.Module, config: EvolutionConfig) -> EvolvedModel:
     return model
 
 
-def _evolved_class(model: nn.Module) -> type[EvolvedModel]:
-    """The class to give to a model; refuses what has none, with the reason."""
+def _evolved_subclass(dense_cls: type[nn.Module], timm_cls: type[nn.Module]) -> type[EvolvedModel]:
+    """The evolved class of `timm_cls`, a key of `_EVOLUTIONS`, or of a subclass of it; refuses another forward pass."""
+    for method in _REPLACED:
+        if hasattr(timm_cls, method) and getattr(dense_cls, method) is not getattr(timm_cls, method):
+            raise TypeError(
+                f"{dense_cls.__name__} cannot be evolved, its {method} is its own and not that of timm's "
+                f'{timm_cls.__name__}.')
+    if dense_cls in _EVOLVED:
+        return _EVOLVED[dense_cls]
+    for known_cls, evolved_cls in _EVOLVED.items():
+        if issubclass(dense_cls, known_cls) and hasattr(known_cls, 'pool') and all(  # a LeViT has parts of its own
+                getattr(dense_cls, name) is getattr(known_cls, name) for name in ('forward_head', 'pool')):
+            return combined_class(evolved_cls, dense_cls)
+    return combined_class(_EVOLUTIONS[timm_cls], dense_cls)
+
+
+def evolved_class(model: nn.Module) -> type[EvolvedModel]:
+    """The class to give to a model.
+
+    Raises:
+        TypeError: There is none; the message has the reason.
+    """
     if isinstance(model, str):
         raise TypeError(
             f'evolve takes a model, not its name {model!r}. timm.create_model makes one that is evolved: evo_* names '
@@ -107,13 +93,13 @@ def _evolved_class(model: nn.Module) -> type[EvolvedModel]:
     if isinstance(model, EvolvedModel):
         raise TypeError(f'{name} is evolved already, its set_evolution changes the arguments.')
     dense_cls = parametrize.type_before_parametrizations(model)
-    for timm_cls, family in _FAMILIES.items():
+    for timm_cls in _EVOLUTIONS:
         if issubclass(dense_cls, timm_cls):
-            return _class_in_family(dense_cls, timm_cls, family)
+            return _evolved_subclass(dense_cls, timm_cls)
     for path, module in model.named_modules():
         if isinstance(module, EvolvedModel):
             raise TypeError(f'{name} has a model in it that is evolved already, `.{path}`.')
-        if isinstance(module, tuple(_FAMILIES)):
+        if isinstance(module, tuple(_EVOLUTIONS)):
             raise TypeError(
                 f'{name} cannot be evolved, but the {type(module).__name__} in it can, which is `.{path}`: evolve '
                 'that, before it is compiled.')

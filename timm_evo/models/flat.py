@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import ARGUMENTS, EvolutionConfig
 from ..method.class_attention import Layout
 from ..method.published import ByClassAttention
-from ..method.schedule import check_slow_tokens, cut_schedule, make_schedule, make_similarity_schedule
+from ..method.schedule import Schedule, check_slow_tokens, cut_schedule, make_schedule, make_similarity_schedule
 from ..method.selector import Selector
 from ..method.similarity import BySimilarity
 from . import short_block, taps
@@ -70,7 +70,7 @@ class FlatModel(EvolvedModel):
         for block in self.blocks:
             taps.Tap.remove(block)
 
-    def _set_config(self, config: EvolutionConfig) -> None:
+    def _make_schedule(self, config: EvolutionConfig) -> Schedule:
         if config.selection == 'similarity':
             for block in self.blocks:
                 check_takes_mask(block)
@@ -82,8 +82,7 @@ class FlatModel(EvolvedModel):
         schedule = cut_schedule(schedule, len(self.blocks))
         if self.patch_embed.num_patches is not None:  # known only with an image, if no size was given
             check_slow_tokens(schedule.keep_ratio, [self.patch_embed.num_patches] * len(schedule.keep_ratio))
-        self.evolution_config = config
-        self._plan(schedule)
+        return schedule
 
     def _init_class_head(self, class_head: bool) -> None:
         if class_head:
@@ -106,17 +105,6 @@ class FlatModel(EvolvedModel):
             ]
             check_slow_tokens(self.schedule.keep_ratio, [math.prod(grid)] * len(self.schedule.keep_ratio))
         super().set_input_size(img_size=img_size, patch_size=patch_size)
-
-    def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
-        """Prune layers not required for specified intermediates, as timm's."""
-        take_indices = super().prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
-        self._cut_schedule(len(self.blocks))
-        return take_indices
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self)

@@ -12,7 +12,7 @@ from timm.layers import to_2tuple, trunc_normal_
 from timm.layers.trace_utils import _assert
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
-from timm.models.levit import LevitDistilled, NormLinear
+from timm.models.levit import Attention, AttentionDownsample, LevitDistilled, NormLinear
 from torch import Tensor, nn
 
 from ..config import ARGUMENTS, EvolutionConfig
@@ -20,7 +20,7 @@ from ..method.schedule import Schedule, check_slow_tokens, cut_schedule, make_py
 from ..method.sequences import patches
 from .base import EvolvedModel, architecture
 from .classes import attribute_names, change_class
-from .levit_attention import EvoAttention, EvoAttentionDownsample, ScoringAttention
+from .levit_attention import ScoringAttention
 from .levit_blocks import EvoLevitStage, dense_class_of, evolved_class_of
 from .scripting import scriptable
 
@@ -66,7 +66,7 @@ class LevitEvolution(EvolvedModel):
         self._depths = [len(stage.blocks) for stage in self.stages]  # of the schedule; pruning leaves fewer stages
         self._num_patches = [attn.attention_bias_idxs.shape[1] for attn in attentions]  # that each selects from
         config = self._resolve(config)
-        schedule = self._check_config(config)
+        schedule = self._make_schedule(config)
         self.num_prefix_tokens = 1 if config.class_token else 0
         self.img_size = self._find_img_size()
 
@@ -77,24 +77,19 @@ class LevitEvolution(EvolvedModel):
             self.cls_token = nn.Parameter(weight.new_zeros(1, 1, self.embed_dim[0]))
             self.pos_embed = nn.Parameter(weight.new_empty(1, 1 + num_patches, self.embed_dim[0]))
             trunc_normal_(self.pos_embed, std=.02)
+        for module in self.stages.modules():
+            change_class(module, evolved_class_of)
         for attn, alpha in zip(attentions, schedule.tradeoff, strict=True):
-            change_class(attn, evolved_class_of)
             attn.init_evolution(alpha, config.learn_tradeoff, config.class_token)
         self.stages.__class__ = nn.ModuleList  # no nn.Sequential, stages and blocks pass more than one tensor on
         for stage in self.stages:
-            change_class(stage, evolved_class_of)
             stage.num_prefix_tokens = self.num_prefix_tokens
             stage.blocks.__class__ = nn.ModuleList
-            if not isinstance(stage.downsample, nn.Identity):
-                change_class(stage.downsample, evolved_class_of)
-            for block in stage.blocks:
-                change_class(block, evolved_class_of)
         self._set_config(config)
         self._init_class_heads(config.class_head)
         self._added = attribute_names(self) - dense | {'_added', 'dense_architecture'}
 
-    def _check_config(self, config: EvolutionConfig) -> Schedule:
-        """The schedule of these arguments; refuses them where they are outside what is allowed."""
+    def _make_schedule(self, config: EvolutionConfig) -> Schedule:
         schedule = make_pyramid_schedule(
             self._depths, config.keep_ratio, config.start_block, config.selection, config.tradeoff)
         check_slow_tokens(schedule.keep_ratio, self._num_patches)
@@ -106,14 +101,13 @@ class LevitEvolution(EvolvedModel):
         return schedule
 
     def _set_config(self, config: EvolutionConfig) -> None:
-        schedule = self._check_config(config)
-        self.evolution_config = config
-        for attn, alpha in zip(self._attentions(), schedule.tradeoff, strict=True):
-            attn.tradeoff = alpha
-        for stage in self.stages:
-            stage.fast_update = config.fast_update
-        self._plan(schedule)
-        self._train_tradeoffs(schedule)
+        super()._set_config(config)
+        # learned trade-offs are parameters where they are trained, once for all phases of a training
+        stagewise = getattr(self, '_stagewise', self.schedule)
+        has_scores = False  # to mix with: the first attention that is scored sets them, whatever its alpha
+        for attn, is_scored in zip(self._attentions(), stagewise.scored, strict=True):
+            attn.train_tradeoff(is_scored and has_scores)
+            has_scores = has_scores or is_scored
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self)
@@ -135,14 +129,10 @@ class LevitEvolution(EvolvedModel):
             change_class(module, dense_class_of)
         self.stages.__class__ = nn.Sequential
 
-    def _attentions(self) -> 'list[EvoAttention | EvoAttentionDownsample]':
+    def _attentions(self) -> list[Any]:
         """All attentions in the order of the schedule."""
-        attentions = []  # dense ones before `init_evolution`
-        for stage in self.stages:
-            if not isinstance(stage.downsample, nn.Identity):
-                attentions.append(stage.downsample.attn_downsample)
-            attentions += [block.attn for block in stage.blocks]
-        return attentions
+        # dense ones before `init_evolution`; in a stage, the one that downsamples comes first
+        return [module for module in self.stages.modules() if isinstance(module, (Attention, AttentionDownsample))]
 
     def _find_img_size(self) -> tuple[int, int]:
         """Height and width of the images that the attentions expect the grid of."""
@@ -152,25 +142,19 @@ class LevitEvolution(EvolvedModel):
         height, width = getattr(attn, 'resolution', (side, side))
         return height * stride, width * stride
 
-    def _set_schedule(self, schedule: Schedule) -> None:
+    def _apply_schedule(self, schedule: Schedule) -> None:
         """Tell each stage and attention its part of the schedule."""
-        super()._set_schedule(schedule)
+        super()._apply_schedule(schedule)
         begin = 0
         for stage in self.stages:
             begin += not isinstance(stage.downsample, nn.Identity)
             end = begin + len(stage.blocks)
             stage.schedule = schedule.part(begin, end)
+            stage.fast_update = self.evolution_config.fast_update
             begin = end
-        for attn, is_scored in zip(self._attentions(), schedule.scored, strict=True):
-            attn.scored = is_scored
-            attn.is_tradeoff_held = schedule is not getattr(self, '_stagewise', schedule)
-
-    def _train_tradeoffs(self, schedule: Schedule) -> None:
-        """Make learned trade-offs parameters where they are trained, once for all phases of a training."""
-        has_scores = False  # to mix with: the first attention that is scored sets them, whatever its alpha
-        for attn, is_scored in zip(self._attentions(), schedule.scored, strict=True):
-            attn.train_tradeoff(is_scored and has_scores)
-            has_scores = has_scores or is_scored
+        is_held = schedule is not getattr(self, '_stagewise', schedule)
+        for attn, alpha, is_scored in zip(self._attentions(), schedule.tradeoff, schedule.scored, strict=True):
+            attn.tradeoff, attn.scored, attn.is_tradeoff_held = alpha, is_scored, is_held
 
     def _init_class_heads(self, class_head: bool) -> None:
         if class_head:
@@ -184,18 +168,6 @@ class LevitEvolution(EvolvedModel):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups, as timm's; class token and position embeddings at the input are of the stem."""
         return dict(super().group_matcher(coarse), stem=r'^stem|^cls_token|^pos_embed')
-
-    def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
-        """Prune stages not required for specified intermediates, as timm's."""
-        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        self._cut_schedule(len(self._attentions()))
-        self._train_tradeoffs(getattr(self, '_stagewise', self.schedule))
-        return take_indices
 
     def _forward_stem(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to the feature map that enters the first stage."""
@@ -212,25 +184,22 @@ class LevitEvolution(EvolvedModel):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to the full, ordered sequence after the last stage (B, P + N, C)."""
-        return self._forward_stages(self._forward_stem(x), ())[0]
+        return self._forward_stages(x)[0]
 
     def _forward_stages(
             self,
             x: Tensor,
-            take_indices: Collection[int],
+            take_indices: Collection[int] = (),
             stop: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run the stages.
+        """Images (B, C, H, W) to the full, ordered sequence after the last stage (B, P + N, C), and feature maps.
 
         Args:
-            x: Feature map of the stem (B, C, H, W).
-            take_indices: Stages whose feature maps are wanted.
+            x: Images.
+            take_indices: Stages whose feature maps (B, C, H, W) are wanted.
             stop: Number of stages to run, all if None.
-
-        Returns:
-            Full, ordered sequence after the last stage (B, P + N, C).
-            Feature maps (B, C, H, W).
         """
+        x = self._forward_stem(x)
         self._follow_count()
         if self._record is None:
             return self._run_stages(x, take_indices, stop)
@@ -243,7 +212,7 @@ class LevitEvolution(EvolvedModel):
             take_indices: Collection[int],
             stop: int | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """See `_forward_stages`."""
+        """Run the stages behind the stem, see `_forward_stages`."""
         grids = list(self._grids(x).values()) if take_indices else []
         intermediates = []
         x = self._embed(x)
@@ -290,8 +259,7 @@ class LevitEvolution(EvolvedModel):
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        x, intermediates = self._forward_stages(
-            self._forward_stem(x), take_indices, max_index + 1 if stop_early else None)
+        x, intermediates = self._forward_stages(x, take_indices, max_index + 1 if stop_early else None)
         if intermediates_only:
             return intermediates
         return x, intermediates

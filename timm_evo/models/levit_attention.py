@@ -19,6 +19,9 @@ __all__ = ['EvoAttention', 'EvoAttentionDownsample', 'ScoringAttention', 'gather
 if TYPE_CHECKING:
     class _DenseAttention(nn.Module):
         """What the two attentions have in common, which stand behind `ScoringAttention`."""
+        attention_biases: Any
+        attention_bias_idxs: Any
+
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
         def reset_parameters(self) -> None: ...
@@ -157,9 +160,7 @@ class ScoringAttention(_DenseAttention):
         self.register_buffer(
             'learn_tradeoff', torch.full_like(weight[0, :1], tradeoff).logit() if learn_tradeoff else None)
         if class_token:
-            del self.attention_biases, self.attention_bias_idxs
-            self.register_parameter('attention_biases', None)
-            self.register_buffer('attention_bias_idxs', None, persistent=False)
+            self.attention_biases = self.attention_bias_idxs = None
 
     def leave_evolution(self) -> None:
         """Take away what `init_evolution` has set up, but the class."""

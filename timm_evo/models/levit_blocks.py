@@ -103,7 +103,7 @@ _EVOLVED: dict[type[nn.Module], type[nn.Module]] = {  # timm's class, and the on
 
 
 def evolved_class_of(cls: type[nn.Module]) -> type[nn.Module]:
-    return next(evolved for dense, evolved in _EVOLVED.items() if issubclass(cls, dense))
+    return next((evolved for dense, evolved in _EVOLVED.items() if issubclass(cls, dense)), cls)
 
 
 def dense_class_of(cls: type[nn.Module]) -> type[nn.Module]:

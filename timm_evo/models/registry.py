@@ -79,7 +79,7 @@ def _evolve(dense: str, evolved_cls: Any, kwargs: dict[str, Any]) -> nn.Module:
     evolved_cls.check_model_names(kwargs)
     arguments, dense_args = evolved_cls.split_arguments(kwargs)
     model = model_entrypoint(dense)(pretrained=False, **dense_args)
-    return evolving.give_evolution(model, EvolutionConfig(**arguments))
+    return evolving.give_evolution(model, evolving.evolved_class(model), EvolutionConfig(**arguments))
 
 
 def _build_levit(dense: str, **kwargs) -> nn.Module:
@@ -138,10 +138,10 @@ def _is_from_timm(cfg: PretrainedCfg, variant: str) -> bool:
 def _warn_of_published_selection(variant: str, model: nn.Module) -> None:
     """Say once that dense weights lose more in a published selection, as is the default of the paper's own names."""
     from .base import find_evolved
-    found = find_evolved(model)  # within features_only=True
-    assert found is not None
-    selection, keep_ratios = found[1].evolution_config.selection, found[1].schedule.keep_ratio
-    if selection != 'similarity' and min(keep_ratios) < 1:
+    _, evolved = find_evolved(model)  # within features_only=True
+    assert evolved is not None
+    selection = evolved.evolution_config.selection
+    if selection != 'similarity' and min(evolved.schedule.keep_ratio) < 1:
         warnings.warn(
             f"{variant} has timm's dense weights, and selection={selection!r} is for weights that were trained with "
             "it: until they are, it loses more accuracy than selection='similarity', which is for weights as they are.",

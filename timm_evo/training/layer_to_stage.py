@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..method.schedule import Schedule, cut_schedule, make_layerwise
+from ..method.schedule import Schedule, make_layerwise
 from ..torch_private import children, num_writes, own_parameters, share_buffers
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         schedule: Schedule  # the one in force
         num_updates: Any  # Tensor | None, a buffer
 
-        def _set_schedule(self, schedule: Schedule) -> None: ...
+        def _apply_schedule(self, schedule: Schedule) -> None: ...
         def _take_evolution_away(self, names: frozenset[str]) -> None: ...
 else:
     _Module = object
@@ -149,7 +149,7 @@ class LayerToStage(_Module):
     Attributes:
         num_updates: The count; None where no updates are layer-wise any more.
     """
-    def _take_plan(self, schedule: Schedule) -> None:
+    def _start_schedule(self, schedule: Schedule) -> None:
         """Take a stage-wise schedule, and a layer-wise one for as many updates; a count that is there goes on."""
         updates = self.evolution_config.layerwise_updates
         self._stagewise = schedule
@@ -164,7 +164,7 @@ class LayerToStage(_Module):
         if updates:
             self._start_counting()
         self.schedule = None  # pyright: ignore[reportAttributeAccessIssue]  # until the next line
-        self._take_schedule()
+        self._choose_schedule()
         self._read_count()
 
     def _start_counting(self) -> None:
@@ -182,25 +182,19 @@ class LayerToStage(_Module):
         """This model, and its shallow copies that count: they have the same buffers, also after `.to`."""
         return {self, *(model for model, _ in _counting_models() if share_buffers(model, self))}
 
-    def _cut_schedule(self, length: int) -> None:
-        """Leave the first entries of the schedule."""
-        self._stagewise = cut_schedule(self._stagewise, length)
-        self._layerwise = cut_schedule(self._layerwise, length)
-        self._take_schedule()
-
-    def _take_schedule(self) -> None:
-        """Put the schedule that goes with the count in force, if it is another."""
+    def _choose_schedule(self) -> None:
+        """Apply the schedule that goes with the count, if it is another."""
         is_layerwise = self.num_updates is not None and self._count.value < self.evolution_config.layerwise_updates
         schedule = self._layerwise if is_layerwise else self._stagewise
         if schedule is not self.schedule:
-            self._set_schedule(schedule)
+            self._apply_schedule(schedule)
 
     def _set_count(self, value: int) -> None:
         """Note the count as the buffer has it; all that share it take the schedule that goes with it."""
         self._count.value = value
         self._count.buffer_state = _state_of(self.num_updates)
         for model in self._sharing_models():
-            model._take_schedule()
+            model._choose_schedule()
 
     @torch.no_grad()
     def _count_step(self, weights: set[int]) -> None:
