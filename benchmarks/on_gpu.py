@@ -1,9 +1,11 @@
 """ All that wants a GPU, in calls of some minutes that go on where the last one stopped
 
     python benchmarks/on_gpu.py --minutes 9 --scripts pytorch-image-models --cifar10 cifar10 --tome ToMe --evit evit \
-        --features vit_s_focus.onnx --photos imagenet-sample-images
+        --features vit_s_focus.onnx --photos imagenet-sample-images \
+        --weights deit_tiny.safetensors --imagenet imagenet/val
 
-It needs torch, Triton, timm and this checkout, which does not have to be installed. The steps, in their order:
+It needs torch, Triton, timm and this checkout, which does not have to be installed; step 'frozen' also needs matplotlib
+and onnx. The steps, in their order:
 
 * equal: whether the kernels compute what the library computes without them
 * compiled, graphs, eager: time of inference beside the dense model, with and without kernels, and beside ToMe and EViT

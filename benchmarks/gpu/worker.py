@@ -75,7 +75,7 @@ def main() -> None:
                     'speed', **setting.where(), variant=job.variant, seconds_to_compile=round(seconds, 1), **times)
                 if setting.profiled:
                     write_profile(step, setting, job)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # a profiler that records nothing ends so
                 job.failed(setting.step, f'{setting.label()}, {job.variant}', error)
                 if job.device == 'cuda' and not isinstance(error, torch.OutOfMemoryError):
                     raise  # after some errors of CUDA, nothing works any more
