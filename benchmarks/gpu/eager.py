@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from common.measuring import Step
 
-from . import records
 from .jobs import Job
 from .models import check_finite, kernels, kernels_of, step_maker
 from .settings import Setting
@@ -58,9 +57,7 @@ def main() -> None:
     job = Job.from_text(sys.argv[1])
     os.environ.pop('TIMM_EVO_KERNELS', None)
     for setting in job.settings:
-        known = [record for record in records.read(Path(job.results)) if record['run'] in job.more['runs']]
-        if records.missing(setting, known):
-            time_setting(setting, job)
+        time_setting(setting, job)
         if job.device == 'cuda':
             torch.cuda.empty_cache()
 

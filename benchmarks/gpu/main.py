@@ -113,9 +113,9 @@ def run_settings(name: str, work: Work, seconds: float, settings: list[Setting])
     end = time.monotonic() + seconds
     if with_compiler := [setting for setting in settings if setting.mode is not None]:
         compiled.measure(work.job, with_compiler, work.known(), work.args.processes, seconds, work.report)
-    if in_turn := [setting for setting in settings if setting.mode is None]:
-        job = replace(work.job, settings=in_turn, more={'runs': work.runs()})
-        run_job(job, name, 'eager', end - time.monotonic(), work.report)
+    in_turn = [setting for setting in settings if setting.mode is None and records.missing(setting, work.known())]
+    if in_turn:
+        run_job(replace(work.job, settings=in_turn), name, 'eager', end - time.monotonic(), work.report)
 
 
 def describe_run(device: torch.device, name: str) -> dict:

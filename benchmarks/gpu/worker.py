@@ -14,7 +14,7 @@ from .models import check_finite, step_maker
 from .settings import Setting
 from .timing import alone, time_alone
 
-NUM_WARMUP, PROFILED_STEPS, TOP = 3, 5, 30
+NUM_WARMUP, PROFILED_STEPS, TOP = 3, 2, 30  # few steps, because a profiler takes its time to start
 
 
 def is_ready(folder: Path) -> Path:
