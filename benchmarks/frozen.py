@@ -19,10 +19,10 @@ Top-1 of a classifier, with timm's pretrained weights or a checkpoint, such as o
     python benchmarks/frozen.py --checkpoint output/runs/dense-seed0/last.pth.tar --data-dir cifar10 \
         --results benchmarks/results/frozen_cifar10
 
-What is left is measured in float32, one model after the other, and kept in PREFIX.json as it comes: the same command
-goes on where it was interrupted. Throughput is measured then, of all models in turn, in one run, as `throughput.py`
-does, because only such ratios can be compared. LayerScale, which ToMe and EViT do not know, is multiplied into the
-weights of all models, the dense one, too.
+What is left is measured in float32, or in `--left-dtype` beside the dense model in float32, one model after the other,
+and kept in PREFIX.json as it comes: the same command goes on where it was interrupted. Throughput is measured then, of
+all models in turn, in one run, as `throughput.py` does, because only such ratios can be compared. LayerScale, which
+ToMe and EViT do not know, is multiplied into the weights of all models, the dense one, too.
 """
 import argparse
 import copy
@@ -38,7 +38,7 @@ import timm
 import timm.data
 import torch
 from common.arguments import CollectKwargs, add_device, key_value, positive_int
-from common.environment import describe_environment
+from common.environment import describe_environment, library_fingerprint
 from common.left import Classes, Features
 from common.measuring import DTYPES, Through, Variant, measure, summarise
 from common.other_methods import clone, fold_layer_scale, load_evit, load_tome
@@ -81,7 +81,26 @@ class Setting:
 
     @property
     def label(self) -> str:
-        return f'{self.method}, {self.value}'
+        return f'{self.method}, {self.value}' if self.value else self.method
+
+
+class InDtype(nn.Module):
+    """A model that computes in another dtype, with images and results in float32.
+
+    Args:
+        model: The model, which is copied.
+        dtype: What to compute in.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = copy.deepcopy(model).to(dtype), dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.to(self.dtype)).float()
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return self.model.forward_features(images.to(self.dtype)).float()
 
 
 @dataclass
@@ -113,11 +132,6 @@ def fingerprint(parts: Iterable[bytes]) -> str:
 
 def weights_fingerprint(model: nn.Module) -> str:
     return fingerprint(tensor.cpu().contiguous().numpy().tobytes() for tensor in model.state_dict().values())
-
-
-def library_fingerprint() -> str:
-    """Changes with the code of timm_evo, which its version does not."""
-    return fingerprint(file.read_bytes() for file in sorted(Path(timm_evo.__file__).parent.glob('*.py')))
 
 
 def spread(items: list, number: int | None) -> list:
@@ -276,6 +290,8 @@ def find_settings(dense: Dense, args: argparse.Namespace) -> tuple[list[Setting]
         Setting(method, f'{ratio:g}', partial(evolve, selection, ratio), True)
         for method, selection in SELECTIONS.items() for ratio in args.keep_ratios
     ]
+    if args.left_dtype != 'float32':  # what the dtype alone costs
+        settings.insert(0, Setting(f'{DENSE} in {args.left_dtype}', '', partial(share, dense), True))
     scale = dense.patch_embed.num_patches / 256 * 12 / len(dense.blocks)
     others = {  # the neutral setting first
         'ToMe': (args.tome, load_tome, [0, *sorted({max(1, round(r * scale)) for r in args.tome_r})]),
@@ -301,6 +317,7 @@ def measure_left(
         settings: list[Setting],
         known: dict[str, dict],
         keep: Callable[[dict], None],
+        dtype: torch.dtype,
 ) -> dict[str, dict]:
     """What is left in each of the models.
 
@@ -309,6 +326,7 @@ def measure_left(
         settings: Methods.
         known: What was measured before.
         keep: Called with all that is known, after each model.
+        dtype: What they compute in; the dense one that they are compared with, in float32.
     """
     labels = [DENSE, *(setting.label for setting in settings)]
     known = {label: known[label] for label in labels if label in known}
@@ -324,6 +342,8 @@ def measure_left(
                 model = setting.build().eval()
             except (TypeError, ValueError) as error:
                 raise SystemExit(f'{setting.label}: {error}') from error
+            if dtype != torch.float32:
+                model = InDtype(model, dtype)
             left = work.task.measure(model, setting.has_grid, progress.update)
             known[setting.label] = {'method': setting.method, 'value': setting.value, **left}
             keep({label: known[label] for label in labels if label in known})
@@ -482,6 +502,13 @@ def parse_args() -> argparse.Namespace:
         default='float32',
         help='of weights and inputs while throughput is measured (default: float32)',
     )
+    parser.add_argument(
+        '--left-dtype',
+        choices=DTYPES,
+        default='float32',
+        help='what the models compute in while what is left is measured, beside the dense one in float32 '
+             '(default: float32)',
+    )
     parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='images (default: 16)')
     parser.add_argument('--rounds', type=positive_int, default=11, metavar='N', help='timed rounds (default: 11)')
     add_results(parser)
@@ -501,7 +528,7 @@ def main() -> None:
     for method, reason in left_out.items():
         print(f'{method} is left out, its code cannot run {work.identity["model"]}: {reason}')
 
-    identity = {**work.identity, 'library': library_fingerprint()}
+    identity = {**work.identity, 'library': library_fingerprint(), 'left_dtype': args.left_dtype}
     how = {'device': args.device.type, 'dtype': args.dtype, 'batch_size': args.batch_size, 'rounds': args.rounds}
     record = {'settings': {**how, 'frozen': identity}, 'left_out': left_out, 'models': {}}
     environment = describe_environment(args.device)
@@ -514,7 +541,8 @@ def main() -> None:
 
     keys = ('method', 'value', *work.task.COLUMNS)
     left = measure_left(
-        work, settings, {label: {key: row[key] for key in keys if key in row} for label, row in known.items()}, keep)
+        work, settings, {label: {key: row[key] for key in keys if key in row} for label, row in known.items()}, keep,
+        DTYPES[args.left_dtype])
     is_timed = known.keys() == left.keys() and all('ratio_to_dense' in row for row in known.values())
     if is_timed and earlier['settings'] == record['settings']:
         environment = {key: earlier[key] for key in environment}

@@ -107,8 +107,8 @@ def test_every_result_is_on_a_page():
     text = ''.join(page.read_text(encoding='utf-8') for page in PAGES)
     shown = set(re.findall(r'benchmarks/results/([^)\s]+)', text))
     for file in ROOT.glob('benchmarks/results/*'):
-        beside = {file.name, f'{file.stem}.md', f'{file.stem}.png'} if file.suffix == '.json' else {file.name}
-        assert beside & shown, file.name
+        beside = [f'{file.stem}.md', f'{file.stem}.png'] if file.suffix in ('.json', '.jsonl') else []
+        assert {file.name, *beside} & shown, file.name
 
 
 def read_tables(file: Path) -> list[dict[str, list[str]]]:

@@ -1,4 +1,5 @@
 """ What a measurement was made with, for the files in `results/` """
+import hashlib
 import os
 import platform
 import re
@@ -46,6 +47,15 @@ def summarise_environment(environment: dict) -> str:
     machine, versions = environment['machine'], environment['versions']
     where = machine.get('gpu') or f'{machine["processor"]}, {machine["threads"]} threads'
     return f'{where}, torch {versions["torch"]}, timm {versions["timm"]}, {environment["date"][:10]}'
+
+
+def library_fingerprint() -> str:
+    """Changes with the code of timm_evo, which its version does not."""
+    digest = hashlib.sha256()
+    folder = Path(timm_evo.__file__).parent
+    for file in sorted(folder.rglob('*.py')):
+        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _command_line() -> str:

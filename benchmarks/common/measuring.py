@@ -144,7 +144,9 @@ class Step:
         self.model = model.train() if train else model
         self.batch = batch
         self.autocast = torch.autocast(batch.device.type, dtype=autocast, enabled=autocast is not None)
-        self.optimizer = torch.optim.AdamW(model.parameters()) if train else None
+        # None leaves the choice to PyTorch, which does not take the fused one by itself
+        fused = True if batch.device.type == 'cuda' else None
+        self.optimizer = torch.optim.AdamW(model.parameters(), fused=fused) if train else None
         self.compile_mode = compile_mode
         if compile_mode is None:
             self.forward = model

@@ -5,11 +5,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 
 from .environment import describe_environment, summarise_environment
+
+if TYPE_CHECKING:  # not all that write tables draw
+    from matplotlib.figure import Figure
 
 SUFFIXES = ('.json', '.md', '.png')
 
@@ -58,7 +61,7 @@ def write_results(
         title: str,
         table: str,
         record: dict,
-        figure: Figure,
+        figure: 'Figure',
         environment: dict | None = None,
 ) -> str:
     """Write JSON, table and plot, each as a whole; returns the table with its title and what it was measured with.

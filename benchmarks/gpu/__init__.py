@@ -1,0 +1,1 @@
+""" The steps of `on_gpu.py`, one in a file """
