@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  # made in C++
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _global
@@ -93,7 +94,7 @@ def is_plain(tensor: Tensor) -> bool:
 @torch.compiler.assume_constant_result  # what is compiled is compiled anew within other transforms
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` is at work, or gradients in forward mode."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def num_writes(tensor: Tensor) -> int:

@@ -6,6 +6,9 @@ softmax are taken block by block, as in `FlashAttention` - https://arxiv.org/abs
 
 Shapes: B images, H heads of d channels, G heads of keys and values, L tokens.
 """
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+# (kernels are in the language of Triton, in which more can be indexed than in Python)
 import torch
 import triton
 import triton.language as tl

@@ -1,4 +1,7 @@
 """ Products of blocks """
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+# (kernels are in the language of Triton, in which more can be indexed than in Python)
 import os
 
 import triton

@@ -6,6 +6,9 @@ representative one in one; the way back to the grid in one; rotations in one.
 Shapes: B images, P prefix tokens, N patch tokens, K of them slow, L tokens present, C channels, H heads of d channels,
 G heads of keys.
 """
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+# (kernels are in the language of Triton, in which more can be indexed than in Python)
 import torch
 import triton
 import triton.language as tl
@@ -58,7 +61,8 @@ def _class_attention_kernel(
             key + t[:, None, None] * key_token + (head // SHARING)[None, :, None] * key_head
             + d[None, None] * key_channel, mask=is_token[:, None, None] & is_channel[None], other=0.).to(tl.float32)
         if HAS_ROTATION:
-            place = (t - num_prefix)[:, None, None] * rotation_token + head[None, :, None] * rotation_head + d[None, None]
+            place = (
+                (t - num_prefix)[:, None, None] * rotation_token + head[None, :, None] * rotation_head + d[None, None])
             is_rotated = (is_token & (t >= num_prefix))[:, None, None] & is_channel[None]
             sine = tl.load(rotation + place, mask=is_rotated, other=0.).to(tl.float32)
             cosine = tl.load(rotation + place + D, mask=is_rotated, other=1.).to(tl.float32)

@@ -8,6 +8,9 @@ that does all for an image. Of equal losses the first counts as least; one that 
 Shapes: B images, P prefix tokens, N patch tokens present, L = P + N, C channels, S = ceil(N / 2) tokens that may go,
 R that go, K = L - R that are left.
 """
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+# (kernels are in the language of Triton, in which more can be indexed than in Python)
 import torch
 import triton
 import triton.language as tl
@@ -357,8 +360,8 @@ def average_alike(
             x, of, weight_or, bias_or, unit, size_or, least, nearest, present_or, goes, stays, place, left,
             present_after, follows, averages, size_after, log_size, num_tokens, num_patches, num_channels, num_prefix,
             num_gone, width, eps, **norm, HAS_SIZE=size is not None, HAS_PRESENT=present is not None,
-            BLOCK_R=max(1, 8192 // block_c), BLOCK_C=block_c, **tiles, BLOCK_S=block_s, BLOCK_L=block_l, BLOCK_J=block_j,
-            BLOCK_T=max(1, 8192 // block_c), num_warps=8)
+            BLOCK_R=max(1, 8192 // block_c), BLOCK_T=max(1, 8192 // block_c), BLOCK_C=block_c, **tiles,
+            BLOCK_S=block_s, BLOCK_L=block_l, BLOCK_J=block_j, num_warps=8)
         return averages, size_after, log_size, left, present_after, follows
     block_r = max(1, 2048 // block_c)
     wrap_triton(_feature_kernel)[(triton.cdiv(batch_size * num_tokens, block_r),)](

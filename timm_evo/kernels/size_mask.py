@@ -35,7 +35,7 @@ def _attend(
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor,
         dropout_p: float = 0.,
         is_causal: bool = False,
         scale: float | None = None,

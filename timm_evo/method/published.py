@@ -211,15 +211,17 @@ class ByClassAttention(Selector):
     def _select_by_kernels(self, block: int, x: Tensor, scores: Tensor) -> Tensor:
         """As `_select`."""
         num_slow = count_slow(self.schedule.keep_ratio[block], x.shape[1] - self.num_prefix_tokens)
-        self.present, self._place, weight, present_scores = launch(
+        present, self._place, weight, present_scores = launch(
             'select_tokens', scores, num_slow, self.num_prefix_tokens)
+        self.present = present
         self.scores = present_scores if self.listens(block) else None
         if self.record is not None:
-            self.record.note_selected(block, self.present, scores, self.fast_update)
-        self._entered = launch('gather_with_representative', x, self.present, weight, self.fast_update)
+            self.record.note_selected(block, present, scores, self.fast_update)
+        tokens = launch('gather_with_representative', x, present, weight, self.fast_update)
+        self._entered = tokens
         if self.fast_update:
-            self._representative = self._entered[:, -1:]
-        return self._entered
+            self._representative = tokens[:, -1:]
+        return tokens
 
     def _has_representative(self) -> bool:
         return self._representative is not None
