@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..torch_private import is_plain, is_transformed
 
-__all__ = ['can_run', 'launch']
+__all__ = ['can_run', 'is_exporting', 'is_wanted', 'launch']
 
 VARIABLE = 'TIMM_EVO_KERNELS'
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,17 +29,22 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def can_run(x: Tensor) -> bool:
     """Whether kernels may compute what comes of a tensor."""
-    if not isinstance(x, Tensor) or not (x.is_cuda or _setting() == '1'):  # symbolic tracing has other objects
+    if not isinstance(x, Tensor) or not is_wanted(x):  # symbolic tracing has other objects
         return False
     return (
         x.dtype in _DTYPES
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.jit.is_tracing()
-        and not _is_exporting()
+        and not is_exporting()
         and is_plain(x)
         and not is_transformed()
         and _is_available(x.device)
     )
+
+
+def is_wanted(x: Tensor) -> bool:
+    """Whether what takes other steps on a GPU is to do so for a tensor, as far as its device and the user say."""
+    return _setting() != '0' if x.is_cuda else _setting() == '1'
 
 
 def launch(name: str, *args: Any) -> Any:
@@ -61,7 +66,8 @@ def launch(name: str, *args: Any) -> Any:
 
 
 @torch.compiler.assume_constant_result  # because torch 2.11 takes all that it compiles for exported
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
+    """Whether what runs is exported, to run elsewhere."""
     return torch.compiler.is_exporting() if hasattr(torch.compiler, 'is_exporting') else torch.compiler.is_compiling()
 
 
@@ -72,7 +78,7 @@ def _setting() -> str:
 
 @torch.compiler.assume_constant_result
 def _is_available(device: torch.device) -> bool:
-    return _setting() != '0' and _can_launch(device)
+    return _can_launch(device)
 
 
 @functools.cache

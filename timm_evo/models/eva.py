@@ -20,7 +20,7 @@ class EvaEvolution(FlatModel):
     """Token evolution for a timm `Eva`, to stand before it in the bases of a class."""
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = self.patch_embed(x)
+        x = self._embed_patches(x)
         x, rope = self._pos_embed(x)
         return self.norm_pre(x), rope
 

@@ -22,7 +22,7 @@ from ..method.published import ByClassAttention
 from ..method.schedule import Schedule, check_slow_tokens, cut_schedule, make_schedule, make_similarity_schedule
 from ..method.selector import Selector
 from ..method.similarity import BySimilarity
-from . import short_block, taps
+from . import patch_embedding, short_block, taps
 from .base import EvolvedModel
 from .beside import class_attention_beside, is_sharded
 from .calling import call_block, check_takes_mask
@@ -120,6 +120,16 @@ class FlatModel(EvolvedModel):
             Rotations of the patch tokens, as timm's `Eva._pos_embed` returns them; None where there are none.
         """
         raise NotImplementedError
+
+    def _embed_patches(self, images: Tensor) -> Tensor:
+        """Patches as they leave timm's `patch_embed`."""
+        if patch_embedding.is_product_faster(images) and self._patches_can_be_product():
+            return patch_embedding.embed_by_product(self.patch_embed, images)
+        return self.patch_embed(images)
+
+    @torch.compiler.assume_constant_result  # as `_can_be_short`
+    def _patches_can_be_product(self) -> bool:
+        return patch_embedding.can_be_product(self.patch_embed)
 
     def _grid_width(self, images: Tensor) -> int | None:
         """Width of the grid of patch tokens; None where some are dropped in training."""

@@ -128,6 +128,9 @@ class _ScriptedFlat:
         x, rope = self._embed(x)
         return self.norm(self._scripted_blocks(x, rope, grid_width))
 
+    def _embed_patches(self: Any, images: Tensor) -> Tensor:
+        return self.patch_embed(images)
+
     def _scripted_rotation(
             self: Any,
             block: int,

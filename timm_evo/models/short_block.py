@@ -17,12 +17,10 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from ..method.class_attention import class_products
-from ..torch_private import children, has_global_hooks, has_hooks, is_compiled
+from ..torch_private import has_global_hooks
+from .plain import has_plain_weights, is_plain, is_watched
 
 __all__ = ['can_be_short', 'forward_first']
-
-# A layer of another origin may need all tokens: an adapter, one that is quantized, or somebody's own.
-_KNOWN_ORIGINS = ('timm.', 'torch.nn.modules.')
 
 
 def can_be_short(model: Any) -> bool:
@@ -31,9 +29,9 @@ def can_be_short(model: Any) -> bool:
     return (
         (_is_known_block(block) or _is_known_eva_block(block))
         and not has_global_hooks()
-        and not _is_watched(model.blocks)
-        and _is_plain(model.norm)
-        and _is_plain(block)
+        and not is_watched(model.blocks)
+        and is_plain(model.norm)
+        and is_plain(block)
         and not _has_own_methods(model)
     )
 
@@ -62,8 +60,8 @@ def _is_known_eva_block(block: Any) -> bool:
 
 
 def _is_plain_projection(projection: Any) -> bool:
-    """Whether it is a linear layer with plain weights: no quantized ones, no shards."""
-    return type(projection) is nn.Linear and type(projection.weight) in (nn.Parameter, Tensor)
+    """Whether it is a linear layer with plain weights."""
+    return type(projection) is nn.Linear and has_plain_weights(projection)
 
 
 def _has_own_methods(model: nn.Module) -> bool:
@@ -72,22 +70,6 @@ def _has_own_methods(model: nn.Module) -> bool:
     return any(
         name in vars(model) or getattr(type(model), name) is not getattr(known_cls, name)
         for name in ('forward_features', 'forward_head', 'pool')
-    )
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether anything but the class of the module says what happens when it is called."""
-    return has_hooks(module) or is_compiled(module) or 'forward' in module.__dict__
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module and those within are timm's or PyTorch's own, and nobody watches them."""
-    cls = type(module)
-    return (
-        cls.__module__.startswith(_KNOWN_ORIGINS)
-        and cls.forward.__module__.startswith(_KNOWN_ORIGINS)  # which may have been replaced in a class of timm
-        and not _is_watched(module)
-        and all(map(_is_plain, children(module)))
     )
 
 

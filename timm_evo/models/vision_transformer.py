@@ -20,7 +20,7 @@ class VisionTransformerEvolution(FlatModel):
     """Token evolution for a timm `VisionTransformer`, to stand before it in the bases of a class."""
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = self.patch_embed(x)
+        x = self._embed_patches(x)
         x = self._pos_embed(x)
         x = self.patch_drop(x)
         return self.norm_pre(x), None
