@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
-from .products import dot
+from .blocks import divide_up, dot, power_of_2
 
 __all__ = ['attend']
 
@@ -87,10 +87,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, scale: f
     num_keys = key.shape[2]
     out = query.new_empty(batch_size, num_queries, num_heads, head_dim)
     # as was fastest on an H200; less where that would not fit into the memory of a smaller GPU
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, power_of_2(head_dim))
     block_n = 64 if num_keys >= 700 and block_d <= 64 else 32
     num_stages = 1 if query.dtype == torch.float32 else 3
-    wrap_triton(_attend)[(triton.cdiv(num_queries, 64), batch_size * num_heads)](
+    wrap_triton(_attend)[(divide_up(num_queries, 64), batch_size * num_heads)](
         query, key, value, log_size, out,
         *query.stride(), *key.stride(), *value.stride(), *log_size.stride(),
         num_queries, num_keys, scale,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..torch_private import is_plain, is_transformed
 
-__all__ = ['can_run', 'is_exporting', 'is_wanted', 'launch']
+__all__ = ['can_run', 'is_differentiated', 'is_exporting', 'is_wanted', 'launch']
 
 VARIABLE = 'TIMM_EVO_KERNELS'
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,13 +33,18 @@ def can_run(x: Tensor) -> bool:
         return False
     return (
         x.dtype in _DTYPES
-        and not (x.requires_grad and torch.is_grad_enabled())
+        and not is_differentiated(x)
         and not torch.jit.is_tracing()
         and not is_exporting()
         and is_plain(x)
         and not is_transformed()
         and _is_available(x.device)
     )
+
+
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Whether a gradient of what comes of tensors may be asked for."""
+    return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])  # a list, for torch 2.5 to compile
 
 
 def is_wanted(x: Tensor) -> bool:

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from .blocks import divide_up, power_of_2
+
 __all__ = ['class_attention', 'follow', 'gather_rotations', 'gather_with_representative', 'select_tokens']
 
 
@@ -135,11 +137,11 @@ def class_attention(
     """
     batch_size, num_heads, head_dim = query.shape
     num_tokens = key.shape[2]
-    block_h, block_d = triton.next_power_of_2(num_heads), max(2, triton.next_power_of_2(head_dim))
+    block_h, block_d = power_of_2(num_heads), max(2, power_of_2(head_dim))
     block_t = max(1, 16384 // (block_h * block_d))
-    num_chunks = 1 if num_tokens <= 256 else triton.cdiv(num_tokens, 64)
+    num_chunks = 1 if num_tokens <= 256 else divide_up(num_tokens, 64)
     chunk = num_tokens if num_chunks == 1 else 64
-    block_t = min(block_t, triton.next_power_of_2(chunk))
+    block_t = min(block_t, power_of_2(chunk))
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=query.device)
@@ -160,9 +162,9 @@ def class_attention(
         HALF=rotate_half, BLOCK_H=block_h, BLOCK_D=block_d, BLOCK_T=block_t, CHUNK=chunk, IS_WHOLE=num_chunks == 1,
         num_warps=8 if block_t * block_h * block_d >= 8192 else 4)
     if num_chunks > 1:
-        wrap_triton(_class_softmax_kernel)[(triton.cdiv(num_tokens, 64), batch_size)](
+        wrap_triton(_class_softmax_kernel)[(divide_up(num_tokens, 64), batch_size)](
             logits, largest, total, attention, num_tokens, num_chunks, H=num_heads, BLOCK_H=block_h, BLOCK_T=64,
-            BLOCK_CHUNKS=triton.next_power_of_2(num_chunks), num_warps=4)
+            BLOCK_CHUNKS=power_of_2(num_chunks), num_warps=4)
     return attention
 
 
@@ -224,7 +226,7 @@ def select_tokens(
     present = torch.empty(batch_size, num_present, dtype=torch.int64, device=scores.device)
     place = torch.empty(batch_size, num_tokens, dtype=torch.int32, device=scores.device)
     weight, present_scores = torch.empty_like(scores), scores.new_empty(batch_size, num_present)
-    block_n = triton.next_power_of_2(num_tokens)
+    block_n = power_of_2(num_tokens)
     wrap_triton(_select_kernel)[(batch_size,)](
         scores, present, place, weight, present_scores, num_tokens, num_prefix_tokens, num_slow,
         BLOCK_N=block_n, BLOCK_J=64 if block_n <= 256 else 16, num_warps=8)
@@ -278,11 +280,11 @@ def gather_with_representative(x: Tensor, present: Tensor, weight: Tensor, with_
     num_present = present.shape[1]
     num_out = num_present + with_representative
     out = torch.empty(batch_size, num_out, num_channels, dtype=x.dtype, device=x.device)
-    block_c = triton.next_power_of_2(num_channels)
+    block_c = power_of_2(num_channels)
     block_r = max(1, 4096 // block_c)
-    num_gathering = triton.cdiv(num_present, block_r)
+    num_gathering = divide_up(num_present, block_r)
     block_d = min(32, block_c)
-    num_summing = triton.cdiv(num_channels, block_d) if with_representative else 0
+    num_summing = divide_up(num_channels, block_d) if with_representative else 0
     wrap_triton(_gather_kernel)[(num_gathering + num_summing, batch_size)](
         x.contiguous(), present, weight, out, num_tokens, num_present, num_out, num_channels, num_gathering,
         BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_T=64, BLOCK_D=block_d, num_warps=4)
@@ -332,10 +334,10 @@ def follow(x: Tensor, tokens: Tensor, place: Tensor, begun: Tensor, num_present:
     """
     batch_size, num_tokens, num_channels = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    block_c = triton.next_power_of_2(num_channels)
+    block_c = power_of_2(num_channels)
     block_r = max(1, 4096 // block_c)
     num_rows = batch_size * num_tokens
-    wrap_triton(_follow_kernel)[(triton.cdiv(num_rows, block_r),)](
+    wrap_triton(_follow_kernel)[(divide_up(num_rows, block_r),)](
         x.contiguous(), tokens.contiguous(), place, begun, out, num_rows, num_tokens, num_present, tokens.shape[1],
         num_channels, HAS_REPRESENTATIVE=tokens.shape[1] > num_present, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
     return out
@@ -382,8 +384,8 @@ def gather_rotations(rotation: Tensor, positions: Tensor, num_prefix_tokens: int
     num_out = num_present - num_prefix_tokens + representative
     rotation = rotation if rotation.stride(-1) == 1 else rotation.contiguous()
     out = torch.empty(batch_size, num_heads, num_out, num_channels, dtype=rotation.dtype, device=rotation.device)
-    wrap_triton(_rotation_kernel)[(triton.cdiv(num_out, 16), num_heads, batch_size)](
+    wrap_triton(_rotation_kernel)[(divide_up(num_out, 16), num_heads, batch_size)](
         rotation, positions, out, rotation.stride(0) if rotation.dim() == 4 else 0,
         rotation.stride(-3) if rotation.dim() > 2 else 0, rotation.stride(-2), num_prefix_tokens, num_present, num_out,
-        num_channels, BLOCK_T=16, BLOCK_C=triton.next_power_of_2(num_channels), num_warps=4)
+        num_channels, BLOCK_T=16, BLOCK_C=power_of_2(num_channels), num_warps=4)
     return out

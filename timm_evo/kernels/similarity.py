@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
-from .products import dot
+from .blocks import divide_up, dot, power_of_2
 
 __all__ = ['average_alike', 'follow_averages', 'is_small']
 
@@ -351,8 +351,8 @@ def average_alike(
     size_or = least if size is None else size.contiguous()
     present_or = present_after if present is None else present.contiguous()
     norm = dict(HAS_NORM=has_norm, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None)
-    block_c, block_s = triton.next_power_of_2(num_channels), triton.next_power_of_2(num_sources)
-    block_l, block_j = triton.next_power_of_2(num_tokens), 64 if block_s <= 256 else 16
+    block_c, block_s = power_of_2(num_channels), power_of_2(num_sources)
+    block_l, block_j = power_of_2(num_tokens), 64 if block_s <= 256 else 16
     block_m = 64 if num_sources <= 512 else 128
     tiles = dict(BLOCK_M=block_m, BLOCK_N=block_m, BLOCK_K=64)
     if is_small(batch_size, num_patches, num_channels):
@@ -364,10 +364,10 @@ def average_alike(
             BLOCK_S=block_s, BLOCK_L=block_l, BLOCK_J=block_j, num_warps=8)
         return averages, size_after, log_size, left, present_after, follows
     block_r = max(1, 2048 // block_c)
-    wrap_triton(_feature_kernel)[(triton.cdiv(batch_size * num_tokens, block_r),)](
+    wrap_triton(_feature_kernel)[(divide_up(batch_size * num_tokens, block_r),)](
         of, weight_or, bias_or, unit, batch_size * num_tokens, num_channels, eps, **norm, BLOCK_R=block_r,
         BLOCK_C=block_c, num_warps=4)
-    wrap_triton(_match_kernel)[(triton.cdiv(num_sources, block_m), batch_size)](
+    wrap_triton(_match_kernel)[(divide_up(num_sources, block_m), batch_size)](
         unit, size_or, least, nearest, num_tokens, num_patches, num_channels, num_prefix, width,
         HAS_SIZE=size is not None, **tiles, num_warps=4 if block_m == 64 else 8)
     wrap_triton(_decide_kernel)[(batch_size,)](
@@ -375,7 +375,7 @@ def average_alike(
         num_prefix, num_gone, width, HAS_PRESENT=present is not None, BLOCK_S=block_s, BLOCK_L=block_l,
         BLOCK_J=block_j, num_warps=8)
     block_t = max(1, 2048 // max(block_c, block_s))
-    wrap_triton(_average_kernel)[(triton.cdiv(num_left, block_t), batch_size)](
+    wrap_triton(_average_kernel)[(divide_up(num_left, block_t), batch_size)](
         x, size_or, nearest, goes, left, averages, size_after, log_size, num_tokens, num_left, num_patches,
         num_channels, num_prefix, width, HAS_SIZE=size is not None, BLOCK_T=block_t, BLOCK_S=block_s, BLOCK_C=block_c,
         num_warps=4)
@@ -421,10 +421,10 @@ def follow_averages(before: Tensor, averages: Tensor, tokens: Tensor, follows: T
     """
     batch_size, num_before, num_channels = before.shape
     out = torch.empty_like(before, memory_format=torch.contiguous_format)
-    block_c = triton.next_power_of_2(num_channels)
+    block_c = power_of_2(num_channels)
     block_r = max(1, 4096 // block_c)
     num_rows = batch_size * num_before
-    wrap_triton(_follow_kernel)[(triton.cdiv(num_rows, block_r),)](
+    wrap_triton(_follow_kernel)[(divide_up(num_rows, block_r),)](
         before.contiguous(), averages, tokens.contiguous(), follows, out, num_rows, num_before, averages.shape[1],
         num_channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
     return out

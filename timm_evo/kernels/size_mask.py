@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..torch_private import WithoutTorchFunction
-from .choice import can_run, launch
+from .choice import is_differentiated, launch
 
 __all__ = ['SizeMask']
 
@@ -46,8 +46,10 @@ def _attend(
     if torch.is_autocast_enabled(query.device.type):  # it casts what operators of PyTorch take
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) if x.dtype == torch.float32 else x for x in (query, key, value))
-    if dropout_p or is_causal or not (can_run(query) and can_run(key) and can_run(value)) or not (
-            query.dtype == key.dtype == value.dtype and query.dim() == 4 and query.shape[3] == value.shape[3] <= 128):
+    # a mask is made only where kernels can run, so what may have changed since are gradients and kinds of tensors
+    if dropout_p or is_causal or is_differentiated(query, key, value) or not (
+            type(query) is type(key) is type(value) is Tensor and query.dtype == key.dtype == value.dtype
+            and query.dim() == 4 and query.shape[3] == value.shape[3] <= 128):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask.to(query.dtype), dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     scale = query.shape[3] ** -0.5 if scale is None else scale

@@ -31,7 +31,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..kernels.choice import can_run, launch
+from ..kernels.choice import can_run, is_differentiated, launch
 from ..method import class_attention, published
 from ..method.class_attention import Layout
 from ..torch_private import children, is_compiled, is_in_backward
@@ -126,7 +126,7 @@ class Listener:
     def _add(self, query: Tensor, key: Tensor, attn: Any) -> None:
         key = _by_heads(key, attn)
         scale, num_prefix_tokens, rotates_half = attn.scale, self.layout.num_prefix_tokens, _rotates_half(attn)
-        if can_run(query) and can_run(key):
+        if can_run(key) and not is_differentiated(query):
             attention = launch(
                 'class_attention', query, key, scale, num_prefix_tokens, self.rotation, rotates_half)
         else:

@@ -1,4 +1,4 @@
-""" Products of blocks """
+""" Blocks of numbers: how many, how large, and their products """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 # (kernels are in the language of Triton, in which more can be indexed than in Python)
@@ -7,7 +7,7 @@ import os
 import triton
 import triton.language as tl
 
-__all__ = ['dot']
+__all__ = ['divide_up', 'dot', 'power_of_2']
 
 _IS_INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 
@@ -18,3 +18,16 @@ def dot(a, b, summed):
     if _IS_INTERPRETED:  # which knows no products of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, summed, input_precision='ieee')
+
+
+# Triton has both, but they take longer in Python than PyTorch takes for an operator
+
+
+def power_of_2(number: int) -> int:
+    """The next power of two, such as the length of a block has to be."""
+    return 1 << (number - 1).bit_length()
+
+
+def divide_up(number: int, size: int) -> int:
+    """How many blocks of a size there are to a number."""
+    return -(-number // size)
