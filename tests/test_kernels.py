@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(not hasattr(torch.library, 'triton_op'), reason=
 @pytest.fixture(autouse=True)
 def kernels_wherever_they_can(monkeypatch):
     monkeypatch.setenv('TIMM_EVO_KERNELS', '1')
+    assert can_run(torch.zeros(1, device=DEVICE))
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
