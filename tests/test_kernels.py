@@ -116,7 +116,7 @@ def event(x: Tensor, num_prefix: int, num_gone: int, size=None, present=None, wi
 
 
 def event_by_steps(x, num_prefix, num_gone, size=None, present=None, width=0, norm=None, features=None):
-    """Averages, sizes, log sizes, positions so far and in the whole sequence, who follows whom."""
+    """Averages, sizes, log sizes, positions in the whole sequence, who follows whom, who goes into whom."""
     norm = norm or (LayerNorm(None, None, 1e-6))
     if features is None:
         features = F.layer_norm(x, x.shape[2:], norm.weight, norm.bias, norm.eps)
@@ -126,7 +126,9 @@ def event_by_steps(x, num_prefix, num_gone, size=None, present=None, width=0, no
         features, size, (num_patches - num_gone + 0.5) / num_patches, num_patches, num_prefix, width or None)
     left, follows = similarity.places_after(goes, into, x.shape[1])
     averages, size = similarity.average_tokens(x, size, goes, into, left)
-    return averages, size, size.log(), left, left if present is None else present.gather(1, left), follows
+    goes, order = goes.sort()  # their order has no meaning
+    present = left if present is None else present.gather(1, left)
+    return averages, size, size.log(), present, follows, goes, into.gather(1, order)
 
 
 def assert_equal_events(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -150,7 +152,7 @@ class TestAnEventOfSimilarity:
         first = event(x, num_prefix, num_gone, **how)
         assert_equal_events(first, event_by_steps(x, num_prefix, num_gone, **how))
 
-        averages, size, _, _, present, _ = first  # a second event, by sizes and not on a grid
+        averages, size, _, present, *_ = first  # a second event, by sizes and not on a grid
         how = dict(size=size, present=present, norm=norm)
         num_gone = (averages.shape[1] - num_prefix) // 2 // 8 * 8 or 1
         assert_equal_events(
@@ -172,10 +174,9 @@ class TestAnEventOfSimilarity:
     def test_half_precision(self, dtype):
         """Other tokens may be chosen where two are nearly as alike, so what was chosen is checked step by step."""
         x, num_prefix, num_gone = random(2, 1 + 49, 32, dtype=dtype), 1, 14
-        averages, size, log_size, left, _, follows = event(x, num_prefix, num_gone, width=7)
+        averages, size, log_size, left, _, goes, into = event(x, num_prefix, num_gone, width=7)
         assert averages.dtype == log_size.dtype == dtype and size.dtype == torch.float32
-        goes, into = similarity._who_goes(left, follows)
-        expected, expected_size = similarity.average_tokens(x.float(), None, goes, into, left.long())
+        expected, expected_size = similarity.average_tokens(x.float(), None, goes, into, left)
         torch.testing.assert_close(averages.float(), expected, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(size, expected_size, rtol=2e-2, atol=2e-2)
 
@@ -190,7 +191,7 @@ class TestAnEventOfSimilarity:
     def test_tokens_that_are_no_numbers_do_no_harm(self):
         x = random(2, 1 + 16, 8)
         x[1] = float('nan')
-        averages, _, _, left, _, follows = event(x, 1, 5, width=4)
+        averages, _, _, left, follows, _, _ = event(x, 1, 5, width=4)
         assert torch.equal(averages[0], event(x[:1].repeat(2, 1, 1), 1, 5, width=4)[0][0])
         assert left.max() <= 16 and follows.max() <= 11 and left.min() >= 0 and follows.min() >= 0
 
@@ -203,7 +204,7 @@ class TestAnEventOfSimilarity:
     @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
     def test_the_way_back(self, dtype):
         x = random(2, 3 + 20, 24, dtype=dtype)
-        averages, _, _, _, _, follows = event(x, 3, 8, width=5)
+        averages, _, _, _, follows, _, _ = event(x, 3, 8, width=5)
         tokens = averages + random(*averages.shape, dtype=dtype, seed=3)
         torch.testing.assert_close(
             launch('follow_averages', x, averages, tokens, follows),
@@ -363,6 +364,26 @@ class TestWhereTheStepsRun:
         with torch.autograd.forward_ad.dual_level():
             seen.append(can_run(random(2, 4)))
         assert seen == [False] * 3
+
+    @pytest.mark.parametrize('name', ['evo_deit_tiny_patch16_224', 'evo_vit_small_patch16_dinov3'])
+    @pytest.mark.parametrize('is_beginning_frozen', [False, True])
+    def test_gradients_of_a_model(self, name, is_beginning_frozen, monkeypatch):
+        """What is chosen has none, so kernels choose; before the first block that has one, they average, too."""
+        model = create(name, selection='similarity').to(DEVICE).train()
+        if is_beginning_frozen:
+            model.requires_grad_(False)
+            for parameter in [*model.norm.parameters(), *model.blocks[3].parameters()]:
+                parameter.requires_grad_()
+        x = images(model).to(DEVICE)
+        results = []
+        for setting in ('1', '0'):
+            monkeypatch.setenv('TIMM_EVO_KERNELS', setting)
+            model.zero_grad()
+            out = model.forward_features(x)
+            out.square().mean().backward()
+            results.append([out, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
     def test_models_are_trained_traced_and_exported_as_before(self):
         model = create('evo_deit_tiny_patch16_224', depth=3).to(DEVICE)

@@ -100,7 +100,7 @@ def _best_matches(
 
 @triton.jit
 def _decide(
-        least, nearest, present, goes, stays, place, left, present_after, follows,
+        least, nearest, present, is_going, stays, place, left, present_after, follows, goes, goes_into,
         num_tokens, num_patches, num_prefix, num_gone, width,
         HAS_PRESENT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
@@ -120,7 +120,7 @@ def _decide(
     source = num_prefix + even + shift
     token = tl.arange(0, BLOCK_L)
     is_token = token < num_tokens
-    tl.store(goes + i, is_gone.to(tl.int32), mask=is_source)
+    tl.store(is_going + i, is_gone.to(tl.int32), mask=is_source)
     tl.store(stays + token, tl.full((BLOCK_L,), 1, tl.int32), mask=is_token)
     tl.debug_barrier()
     tl.store(stays + source, (is_gone == 0).to(tl.int32), mask=is_source)
@@ -139,11 +139,14 @@ def _decide(
     even, shift = _place(tl.load(nearest + i, mask=is_source, other=0), width)
     into = num_prefix + even + 1 - shift
     tl.store(follows + source, tl.load(place + into, mask=is_gone, other=0), mask=is_gone)
+    number = tl.cumsum(is_gone.to(tl.int32), 0) - 1
+    tl.store(goes + number, source.to(tl.int64), mask=is_gone)
+    tl.store(goes_into + number, into.to(tl.int64), mask=is_gone)
 
 
 @triton.jit
 def _averages(
-        x, size, nearest, goes, left, averages, size_after, log_size_after, first,
+        x, size, nearest, is_going, left, averages, size_after, log_size_after, first,
         num_left, num_patches, num_channels, num_prefix, width,
         HAS_SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
@@ -164,7 +167,7 @@ def _averages(
     even, shift = _place(patch // 2, width)
     is_target = (patch >= 0) & (patch - even != shift) & is_left
     i = tl.arange(0, BLOCK_S)
-    is_gone = tl.load(goes + i, mask=i < num_sources, other=0) == 1
+    is_gone = tl.load(is_going + i, mask=i < num_sources, other=0) == 1
     into = tl.load(nearest + i, mask=i < num_sources, other=-1)
     is_member = is_gone[None] & (into[None] == (patch // 2)[:, None]) & is_target[:, None]
     num_members = tl.sum(is_member.to(tl.int32), 1)
@@ -226,7 +229,7 @@ def _match_kernel(
 
 @triton.jit
 def _decide_kernel(
-        least, nearest, present, goes, stays, place, left, present_after, follows,
+        least, nearest, present, is_going, stays, place, left, present_after, follows, goes, goes_into,
         num_tokens, num_patches, num_prefix, num_gone, width,
         HAS_PRESENT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
@@ -235,14 +238,15 @@ def _decide_kernel(
     of_tokens = image * num_tokens
     of_left = image * (num_tokens - num_gone)
     _decide(
-        least + of_sources, nearest + of_sources, present + of_tokens, goes + of_sources, stays + of_tokens,
+        least + of_sources, nearest + of_sources, present + of_tokens, is_going + of_sources, stays + of_tokens,
         place + of_tokens, left + of_left, present_after + of_left, follows + of_tokens,
+        goes + image * num_gone, goes_into + image * num_gone,
         num_tokens, num_patches, num_prefix, num_gone, width, HAS_PRESENT, BLOCK_S, BLOCK_L, BLOCK_J)
 
 
 @triton.jit
 def _average_kernel(
-        x, size, nearest, goes, left, averages, size_after, log_size_after,
+        x, size, nearest, is_going, left, averages, size_after, log_size_after,
         num_tokens, num_left, num_patches, num_channels, num_prefix, width,
         HAS_SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
@@ -250,7 +254,7 @@ def _average_kernel(
     of_sources = image * ((num_patches + 1) // 2)
     of_left = image * num_left
     _averages(
-        x + image * num_tokens * num_channels, size + image * num_tokens, nearest + of_sources, goes + of_sources,
+        x + image * num_tokens * num_channels, size + image * num_tokens, nearest + of_sources, is_going + of_sources,
         left + of_left, averages + of_left * num_channels, size_after + of_left, log_size_after + of_left,
         tl.program_id(0) * BLOCK_T, num_left, num_patches, num_channels, num_prefix, width,
         HAS_SIZE, BLOCK_T, BLOCK_S, BLOCK_C)
@@ -258,8 +262,9 @@ def _average_kernel(
 
 @triton.jit
 def _one_launch_kernel(
-        x, of, weight, bias, features, size, least, nearest, present, goes, stays, place, left, present_after, follows,
-        averages, size_after, log_size_after, num_tokens, num_patches, num_channels, num_prefix, num_gone, width, eps,
+        x, of, weight, bias, features, size, least, nearest, present, is_going, stays, place, left, present_after,
+        follows, goes, goes_into, averages, size_after, log_size_after,
+        num_tokens, num_patches, num_channels, num_prefix, num_gone, width, eps,
         HAS_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SIZE: tl.constexpr,
         HAS_PRESENT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -277,12 +282,12 @@ def _one_launch_kernel(
             HAS_SIZE, BLOCK_M, BLOCK_N, BLOCK_K)
     tl.debug_barrier()
     _decide(
-        least, nearest, present, goes, stays, place, left, present_after, follows,
+        least, nearest, present, is_going, stays, place, left, present_after, follows, goes, goes_into,
         num_tokens, num_patches, num_prefix, num_gone, width, HAS_PRESENT, BLOCK_S, BLOCK_L, BLOCK_J)
     tl.debug_barrier()
     for first in range(0, num_tokens - num_gone, BLOCK_T):
         _averages(
-            x, size, nearest, goes, left, averages, size_after, log_size_after, first,
+            x, size, nearest, is_going, left, averages, size_after, log_size_after, first,
             num_tokens - num_gone, num_patches, num_channels, num_prefix, width,
             HAS_SIZE, BLOCK_T, BLOCK_S, BLOCK_C)
 
@@ -305,7 +310,7 @@ def average_alike(
         num_gone: int,
         num_prefix: int,
         width: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Average the patch tokens that another can stand for best into it: `match_tokens` to `average_tokens` in one.
 
     Args:
@@ -323,8 +328,9 @@ def average_alike(
 
     Returns:
         Tokens (B, K, C); how many tokens each one counts (B, K) in float32; the log of that in the type of the tokens;
-        their positions so far (B, K) in int32, in order, and in the whole sequence (B, K); for each token so far, the
-        position of the one that it follows among those left (B, L) in int32.
+        their positions in the whole sequence, in order (B, K); for each token so far, the position of the one that it
+        follows among those left (B, L) in int32; positions so far of the tokens that go (B, R), and of those that they
+        go into (B, R).
     """
     batch_size, num_tokens, num_channels = x.shape
     num_patches = num_tokens - num_prefix
@@ -339,7 +345,8 @@ def average_alike(
 
     unit = empty(batch_size, num_tokens, num_channels, dtype=feature_dtype)
     least, nearest = empty(batch_size, num_sources, dtype=torch.float32), empty(batch_size, num_sources)
-    goes, stays = empty(batch_size, num_sources), empty(batch_size, num_tokens)
+    is_going, stays = empty(batch_size, num_sources), empty(batch_size, num_tokens)
+    goes, into = (empty(batch_size, num_gone, dtype=torch.int64) for _ in range(2))
     place, follows = empty(batch_size, num_tokens), empty(batch_size, num_tokens)
     left, present_after = empty(batch_size, num_left), empty(batch_size, num_left, dtype=torch.int64)
     averages = empty(batch_size, num_left, num_channels, dtype=x.dtype)
@@ -357,12 +364,12 @@ def average_alike(
     tiles = dict(BLOCK_M=block_m, BLOCK_N=block_m, BLOCK_K=64)
     if is_small(batch_size, num_patches, num_channels):
         wrap_triton(_one_launch_kernel)[(1,)](
-            x, of, weight_or, bias_or, unit, size_or, least, nearest, present_or, goes, stays, place, left,
-            present_after, follows, averages, size_after, log_size, num_tokens, num_patches, num_channels, num_prefix,
-            num_gone, width, eps, **norm, HAS_SIZE=size is not None, HAS_PRESENT=present is not None,
+            x, of, weight_or, bias_or, unit, size_or, least, nearest, present_or, is_going, stays, place, left,
+            present_after, follows, goes, into, averages, size_after, log_size,
+            num_tokens, num_patches, num_channels, num_prefix, num_gone, width, eps, **norm, HAS_SIZE=size is not None, HAS_PRESENT=present is not None,
             BLOCK_R=max(1, 8192 // block_c), BLOCK_T=max(1, 8192 // block_c), BLOCK_C=block_c, **tiles,
             BLOCK_S=block_s, BLOCK_L=block_l, BLOCK_J=block_j, num_warps=8)
-        return averages, size_after, log_size, left, present_after, follows
+        return averages, size_after, log_size, present_after, follows, goes, into
     block_r = max(1, 2048 // block_c)
     wrap_triton(_feature_kernel)[(divide_up(batch_size * num_tokens, block_r),)](
         of, weight_or, bias_or, unit, batch_size * num_tokens, num_channels, eps, **norm, BLOCK_R=block_r,
@@ -371,15 +378,15 @@ def average_alike(
         unit, size_or, least, nearest, num_tokens, num_patches, num_channels, num_prefix, width,
         HAS_SIZE=size is not None, **tiles, num_warps=4 if block_m == 64 else 8)
     wrap_triton(_decide_kernel)[(batch_size,)](
-        least, nearest, present_or, goes, stays, place, left, present_after, follows, num_tokens, num_patches,
-        num_prefix, num_gone, width, HAS_PRESENT=present is not None, BLOCK_S=block_s, BLOCK_L=block_l,
+        least, nearest, present_or, is_going, stays, place, left, present_after, follows, goes, into, num_tokens,
+        num_patches, num_prefix, num_gone, width, HAS_PRESENT=present is not None, BLOCK_S=block_s, BLOCK_L=block_l,
         BLOCK_J=block_j, num_warps=8)
     block_t = max(1, 2048 // max(block_c, block_s))
     wrap_triton(_average_kernel)[(divide_up(num_left, block_t), batch_size)](
-        x, size_or, nearest, goes, left, averages, size_after, log_size, num_tokens, num_left, num_patches,
+        x, size_or, nearest, is_going, left, averages, size_after, log_size, num_tokens, num_left, num_patches,
         num_channels, num_prefix, width, HAS_SIZE=size is not None, BLOCK_T=block_t, BLOCK_S=block_s, BLOCK_C=block_c,
         num_warps=4)
-    return averages, size_after, log_size, left, present_after, follows
+    return averages, size_after, log_size, present_after, follows, goes, into
 
 
 @register_flop_formula(torch.ops.timm_evo.average_alike)

@@ -265,14 +265,16 @@ class BySimilarity(Selector):
 
     def _average(self, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens that are left, and whom each of those before follows."""
-        size = self._size
-        goes, into = match_tokens(
-            self._likeness(x), size, self.schedule.keep_ratio[block], self._num_patches, self.num_prefix_tokens,
-            self._grid_width if size is None else None, self._is_aligned)
+        if isinstance(x, Tensor) and can_run(x.detach()):  # what is chosen has no gradient
+            _, _, _, left, follows, goes, into = self._launch(block, x.detach(), None)
+        else:
+            goes, into = match_tokens(
+                self._likeness(x), self._size, self.schedule.keep_ratio[block], self._num_patches,
+                self.num_prefix_tokens, self._grid_width if self._size is None else None, self._is_aligned)
+            left, follows = places_after(goes, into, x.shape[1])
         if self.record is not None:
             self.record.note_averaged(block, goes, into, x.shape[1])
-        left, follows = places_after(goes, into, x.shape[1])
-        averages, self._size = average_tokens(x, size, goes, into, left)
+        averages, self._size = average_tokens(x, self._size, goes, into, left)
         self.attn_mask = size_mask(self._size, x.dtype)
         if self._rope is not None:
             self.present = left if self.present is None else self.present.gather(1, left)
@@ -280,6 +282,16 @@ class BySimilarity(Selector):
 
     def _average_by_kernels(self, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `_average`."""
+        averages, self._size, log_size, present, follows, goes, into = self._launch(block, x, self.present)
+        self.attn_mask = SizeMask.of(log_size)
+        if self.record is not None:
+            self.record.note_averaged(block, goes, into, x.shape[1])
+        if self._rope is not None:
+            self.present = present
+        return averages, follows
+
+    def _launch(self, block: int, x: Tensor, present: Tensor | None) -> tuple[Tensor, ...]:
+        """See `kernels.similarity.average_alike`."""
         num_present = x.shape[1] - self.num_prefix_tokens
         num_left = count_left(
             self.schedule.keep_ratio[block], self._num_patches, self.num_prefix_tokens, num_present,
@@ -289,30 +301,12 @@ class BySimilarity(Selector):
         features = None if norm is not None else self._likeness(x)
         weight, bias, eps = norm or LayerNorm(None, None, 0.)
         width = self._grid_width if self._size is None and self._grid_width is not None else 0
-        averages, self._size, log_size, left, present, follows = launch(
-            'average_alike', x, features, weight, bias, eps, _compared_in(x), self._size, self.present,
-            num_gone, self.num_prefix_tokens, width)
-        self.attn_mask = SizeMask.of(log_size)
-        if self.record is not None:
-            self.record.note_averaged(block, *_who_goes(left, follows), x.shape[1])
-        if self._rope is not None:
-            self.present = present
-        return averages, follows
+        return launch(
+            'average_alike', x, features, weight, bias, eps, _compared_in(x), self._size, present, num_gone,
+            self.num_prefix_tokens, width)
 
 
 def _compared_in(x: Tensor) -> torch.dtype:
     """In what numbers features are compared: those that autocast would have products of, if it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _who_goes(left: Tensor, follows: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions (B, R) of the tokens that go, and those of the ones that they go into, from what `places_after` gives.
-
-    Args:
-        left: Positions so far of the tokens that are left (B, K).
-        follows: For each token so far, the position of the one that it follows among those (B, L).
-    """
-    stays = torch.zeros_like(follows, dtype=torch.bool).scatter(1, left.long(), True)
-    goes = (~stays).nonzero()[:, 1].view(left.shape[0], -1)  # waits for the GPU, which who looks at it has to
-    return goes, left.gather(1, follows.gather(1, goes).long()).long()

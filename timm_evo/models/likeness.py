@@ -42,7 +42,9 @@ class NormedLikeness:
         if type(norm) not in (nn.LayerNorm, timm.layers.LayerNorm) or 'forward' in norm.__dict__ or (
                 is_sharded_weight(norm.weight)):
             return None
-        return LayerNorm(norm.weight, norm.bias, norm.eps)
+        weight = None if norm.weight is None else norm.weight.detach()  # positions come of it, which have no gradient
+        bias = None if norm.bias is None else norm.bias.detach()
+        return LayerNorm(weight, bias, norm.eps)
 
 
 @torch.no_grad()  # positions come of it, which have no gradient
