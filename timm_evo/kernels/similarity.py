@@ -366,9 +366,10 @@ def average_alike(
         wrap_triton(_one_launch_kernel)[(1,)](
             x, of, weight_or, bias_or, unit, size_or, least, nearest, present_or, is_going, stays, place, left,
             present_after, follows, goes, into, averages, size_after, log_size,
-            num_tokens, num_patches, num_channels, num_prefix, num_gone, width, eps, **norm, HAS_SIZE=size is not None, HAS_PRESENT=present is not None,
-            BLOCK_R=max(1, 8192 // block_c), BLOCK_T=max(1, 8192 // block_c), BLOCK_C=block_c, **tiles,
-            BLOCK_S=block_s, BLOCK_L=block_l, BLOCK_J=block_j, num_warps=8)
+            num_tokens, num_patches, num_channels, num_prefix, num_gone, width, eps,
+            **norm, HAS_SIZE=size is not None, HAS_PRESENT=present is not None, BLOCK_R=max(1, 8192 // block_c),
+            BLOCK_T=max(1, 8192 // block_c), BLOCK_C=block_c, **tiles, BLOCK_S=block_s, BLOCK_L=block_l,
+            BLOCK_J=block_j, num_warps=8)
         return averages, size_after, log_size, present_after, follows, goes, into
     block_r = max(1, 2048 // block_c)
     wrap_triton(_feature_kernel)[(divide_up(batch_size * num_tokens, block_r),)](
