@@ -366,10 +366,11 @@ class TestWhereTheStepsRun:
         assert seen == [False] * 3
 
     @pytest.mark.parametrize('name', ['evo_deit_tiny_patch16_224', 'evo_vit_small_patch16_dinov3'])
+    @pytest.mark.parametrize('selection', ['similarity', 'stage'])
     @pytest.mark.parametrize('is_beginning_frozen', [False, True])
-    def test_gradients_of_a_model(self, name, is_beginning_frozen, monkeypatch):
-        """What is chosen has none, so kernels choose; before the first block that has one, they average, too."""
-        model = create(name, selection='similarity').to(DEVICE).train()
+    def test_gradients_of_a_model(self, name, selection, is_beginning_frozen, monkeypatch):
+        """By similarity, kernels choose, which has none. Before the first block that is trained, they do all."""
+        model = create(name, selection=selection).to(DEVICE).train()
         if is_beginning_frozen:
             model.requires_grad_(False)
             for parameter in [*model.norm.parameters(), *model.blocks[3].parameters()]:

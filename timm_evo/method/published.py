@@ -13,7 +13,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from ..kernels.choice import can_run, launch
+from ..kernels.choice import can_run, is_differentiated, launch
 from . import sequences
 from .class_attention import class_products
 from .schedule import Schedule
@@ -176,7 +176,7 @@ class ByClassAttention(Selector):
     def whole(self, x: Tensor) -> Tensor:
         if self._begun is None or self.present is None:
             return x
-        if self._place is None:
+        if self._place is None or is_differentiated(x):  # from a block that is trained, behind some that are not
             return follow(self._begun[0], x, self.present, self._representative)
         return launch('follow', self._begun[0], x, self._place, self._entered, self.present.shape[1])
 
