@@ -8,7 +8,7 @@ Shapes: B images, H heads with keys of d channels and values of v, L tokens pres
 Q that attend, N patch tokens of the grid, M of them left by downsampling, R relative positions, P prefix tokens.
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 # (kernels are in the language of Triton, in which more can be indexed than in Python)
 import torch
 import triton
@@ -172,12 +172,14 @@ def levit_attention(
     num_sums = num_heads * triton.cdiv(num_paying, block_m) if num_scored else 0
     out = query.new_empty(batch_size, num_queries, num_heads * val_dim)
     paid = torch.empty(batch_size, num_sums, num_scored, dtype=torch.float32, device=query.device)
-    has_biases = biases is not None and index is not None
+    has_biases = biases is not None
+    if biases is None or index is None:
+        biases = index = query  # which nothing reads
     wrap_triton(_attention_kernel)[(triton.cdiv(num_queries, block_m), batch_size * num_heads)](
-        query.contiguous(), key_value.contiguous(), biases.contiguous() if has_biases else query,
-        index.contiguous() if has_biases else query, query if positions is None else positions.contiguous(), out, paid,
-        num_queries, num_keys, num_keys if positions is None else positions.shape[1],
-        index.shape[1] if has_biases else 0, biases.shape[1] if has_biases else 0, num_scored, num_paying, scale,
+        query.contiguous(), key_value.contiguous(), biases.contiguous(), index.contiguous(),
+        query if positions is None else positions.contiguous(), out, paid,
+        num_queries, num_keys, num_keys if positions is None else positions.shape[1], index.shape[1], biases.shape[1],
+        num_scored, num_paying, scale,
         H=num_heads, D=key_dim, V=val_dim, QUERY_WIDTH=query_width // num_heads,
         KEY_WIDTH=key_value.shape[2] // num_heads, HAS_BIASES=has_biases, HAS_POSITIONS=positions is not None,
         HAS_SCORES=num_scored > 0, IS_WHOLE=is_whole, BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_M=block_m,

@@ -341,9 +341,10 @@ class EvoAttentionDownsample(  # pyright: ignore[reportIncompatibleMethodOverrid
             x = x + self.pos_embed
         kv = self.kv(x)
         q = self.q.ln(self.downsample(x))
-        if not torch.jit.is_scripting() and self._can_launch(kv, scores):
-            out, scores = self._launch(q, kv, scores, None, self.resolution[1], self.stride)
-            return self.proj(out), scores
+        if not torch.jit.is_scripting():
+            if self._can_launch(kv, scores):
+                out, scores = self._launch(q, kv, scores, None, self.resolution[1], self.stride)
+                return self.proj(out), scores
         k, v = _split_heads(kv, self.num_heads, [self.key_dim, self.val_dim])
         q, = _split_heads(q, self.num_heads, [self.key_dim])
         biases = None if self.attention_biases is None else self.get_attention_biases(x.device)
