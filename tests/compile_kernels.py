@@ -14,7 +14,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from timm_evo.kernels import attention, published, similarity  # noqa: E402
+from timm_evo.kernels import attention, levit, published, similarity  # noqa: E402
 
 TYPES = {
     torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.int32: '*i32', torch.int64: '*i64'}
@@ -54,8 +54,15 @@ def compile_kernel(kernel, args: tuple, kwargs: dict, capability: int):
         ASTSource(kernel, signature, constants, attributes), target=GPUTarget('cuda', capability, 32), options=options)
 
 
+def compile_launched(of: str, capability: int) -> None:
+    for kernel, args, kwargs in launched:
+        compiled = compile_kernel(kernel, args, dict(kwargs), capability)
+        print(kernel.fn.__name__, of, compiled.metadata.shared, flush=True)
+    launched.clear()
+
+
 def main(capability: int) -> None:
-    for module in (attention, published, similarity):
+    for module in (attention, levit, published, similarity):
         module.wrap_triton = Launcher
 
     def tensor(*shape, dtype=torch.bfloat16):
@@ -82,11 +89,30 @@ def main(capability: int) -> None:
         published.gather_with_representative._init_fn(x, positions, sizes, True)
         published.follow._init_fn(x, x, positions.int(), x, num_patches)
         published.gather_rotations._init_fn(rotation, positions, 1, True)
-        for kernel, args, kwargs in launched:
-            compiled = compile_kernel(kernel, args, dict(kwargs), capability)
-            of = f'{batch_size}x{num_patches}x{num_channels}x{dtype}'
-            print(kernel.fn.__name__, of, compiled.metadata.shared, flush=True)
-        launched.clear()
+        compile_launched(f'{batch_size}x{num_patches}x{num_channels}x{dtype}', capability)
+
+    for num_tokens, width, key_dim, val_dim, num_heads, is_selection, dtype in (
+            (196, 14, 16, 32, 4, False, torch.bfloat16), (99, 14, 32, 64, 4, True, torch.float16),
+            (196, 14, 32, 64, 6, False, torch.float32), (16, 4, 64, 128, 16, False, torch.bfloat16),
+            (784, 28, 32, 64, 6, False, torch.bfloat16)):
+        table = tensor(num_heads, width ** 2, dtype=dtype)
+        index = tensor(width ** 2, width ** 2, dtype=torch.int64)
+        qkv = tensor(2, num_tokens, num_heads * (2 * key_dim + val_dim), dtype=dtype)
+        positions = tensor(2, num_tokens - 1, dtype=torch.int64) if is_selection else None
+        num_scored = num_tokens - is_selection
+        how = num_heads, key_dim, val_dim, 0.1
+        _, paid = levit.levit_attention._init_fn(
+            qkv, qkv, *how, table, index, positions, num_scored, num_scored)
+        scores = tensor(2, num_scored, dtype=torch.float32)
+        levit.levit_scores._init_fn(paid, scores, num_heads * num_scored, 0.5, None, 0, 0, 1)
+        if not is_selection:  # and with twice the values where the grid is downsampled
+            val_dim *= 2
+            query = tensor(2, (width // 2) ** 2, num_heads * key_dim, dtype=dtype)
+            kv = tensor(2, num_tokens, num_heads * (key_dim + val_dim), dtype=dtype)
+            _, paid = levit.levit_attention._init_fn(
+                query, kv, num_heads, key_dim, val_dim, 0.1, table, index, None, num_tokens, query.shape[1])
+            levit.levit_scores._init_fn(paid, scores, num_heads * query.shape[1], 0.5, table[0, :1], 0, width, 2)
+        compile_launched(f'LeViT of {num_tokens}x{num_heads}x{key_dim}x{dtype}', capability)
 
 
 if __name__ == '__main__':

@@ -97,5 +97,5 @@ def _can_launch(device: torch.device) -> bool:
             return False
     elif device.type != 'cuda' or has_values and torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    from . import attention, published, similarity  # noqa: F401  # now, because Triton takes its time to import
+    from . import attention, levit, published, similarity  # noqa: F401  # now, because Triton takes its time to import
     return True

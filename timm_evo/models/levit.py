@@ -16,6 +16,7 @@ from timm.models.levit import Attention, AttentionDownsample, LevitDistilled, No
 from torch import Tensor, nn
 
 from ..config import ARGUMENTS, EvolutionConfig
+from ..kernels.choice import can_run
 from ..method.schedule import Schedule, check_slow_tokens, cut_schedule, make_pyramid_schedule
 from ..method.sequences import patches
 from .base import EvolvedModel, architecture
@@ -216,6 +217,8 @@ class LevitEvolution(EvolvedModel):
         grids = list(self._grids(x).values()) if take_indices else []
         intermediates = []
         x = self._embed(x)
+        if can_run(x):
+            x = x.contiguous()  # not as a feature map: then a linear layer is one product, and sums read whole rows
         scores: Tensor | None = None
         for i, stage in enumerate(self.stages if stop is None else self.stages[:stop]):
             x, scores = checkpoint(stage, x, scores) if self.grad_checkpointing else stage(x, scores)

@@ -11,6 +11,7 @@ from timm.layers import trunc_normal_
 from timm.models.levit import Attention, AttentionDownsample
 from torch import Tensor, nn
 
+from ..kernels.choice import can_run, launch
 from ..method import class_attention, published
 from ..method.sequences import is_one_image
 
@@ -192,6 +193,51 @@ class ScoringAttention(_DenseAttention):
             return learned
         return learned * 0 + math.log(self.tradeoff / (1 - self.tradeoff))
 
+    def _can_launch(self, query: Tensor, scores: Tensor | None) -> bool:
+        """Whether kernels may compute what comes of a projection, the scores so far, and the weights beside them."""
+        if not can_run(query) or scores is not None and not can_run(scores):
+            return False
+        weights = [weight for weight in (self.attention_biases, self.learn_tradeoff) if weight is not None]
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            return False
+        return all(can_run(weight.detach()) for weight in weights)  # a parameter is no plain tensor, what it holds is
+
+    def _launch(
+            self,
+            query: Tensor,
+            key_value: Tensor,
+            scores: Tensor | None,
+            positions: Tensor | None,
+            grid_width: int = 0,
+            stride: int = 1,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend by a kernel, and evolve the scores by another.
+
+        Args:
+            query: Projection of the tokens that attend (B, Q, H * w), see `kernels.levit`.
+            key_value: Projection of the tokens present (B, L, H * w).
+            scores: Scores so far (B, P + K) of these tokens but a representative one, if any.
+            positions: Positions of the tokens of a selection (B, K); None without one.
+            grid_width: Width of the grid that is downsampled.
+            stride: Step between its rows and columns that are left; 1 where it is not downsampled.
+
+        Returns:
+            Values attended to (B, Q, H * val_dim).
+            Scores (B, P + K), or of the tokens that are left (B, P + M).
+        """
+        num_scored = num_paying = 0
+        if self.scored:
+            num_scored = key_value.shape[1] if scores is None else scores.shape[1]
+            num_paying = 1 if self.class_token else num_scored if stride == 1 else query.shape[1]
+        out, paid = launch(
+            'levit_attention', query, key_value, self.num_heads, self.key_dim, self.val_dim, self.scale,
+            self.attention_biases, self.attention_bias_idxs, positions, num_scored, num_paying)
+        if self.scored:
+            scores = launch(
+                'levit_scores', paid, scores, num_paying * self.num_heads, self.tradeoff, self.learned(),
+                1 if self.class_token else 0, grid_width, stride)
+        return out, scores
+
     def train(self, mode: bool = True) -> nn.Module:
         """Set training or evaluation mode, as timm's, and compute biases anew: an averaged copy is never trained."""
         self.attention_bias_cache = {}
@@ -219,6 +265,7 @@ class EvoAttention(ScoringAttention, Attention):  # pyright: ignore[reportIncomp
             x: Tensor,
             scores: Tensor | None,
             biases: Tensor | None,
+            positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend, and evolve the scores.
 
@@ -226,12 +273,22 @@ class EvoAttention(ScoringAttention, Attention):  # pyright: ignore[reportIncomp
             x: Tokens present (B, L, C): the full sequence, or those of a selection.
             scores: Scores so far (B, P + K) of these tokens but a representative one, if any.
             biases: Biases of the tokens of a selection (H * B, L, L); None without a selection, or without biases.
+            positions: Positions of these tokens but a representative one (B, K), to stand in the place of `biases`.
 
         Returns:
             What the attention adds to the tokens (B, L, C).
             Scores (B, P + K).
         """
-        q, k, v = _split_heads(self.qkv(x), self.num_heads, [self.key_dim, self.key_dim, self.val_dim])
+        qkv = self.qkv(x)
+        if not torch.jit.is_scripting():
+            if biases is None and self._can_launch(qkv, scores):
+                out, scores = self._launch(qkv, qkv, scores, positions)
+                return self.proj(out), scores
+            if biases is None and positions is not None:
+                has_representative = qkv.shape[1] > positions.shape[1]
+                biases, = gather_biases(
+                    [self.attention_biases], self.attention_bias_idxs, positions, has_representative)
+        q, k, v = _split_heads(qkv, self.num_heads, [self.key_dim, self.key_dim, self.val_dim])
         if biases is None and self.attention_biases is not None:
             biases = self.get_attention_biases(x.device)
         attn = _attend(q, k, self.scale, biases)
@@ -282,8 +339,14 @@ class EvoAttentionDownsample(  # pyright: ignore[reportIncompatibleMethodOverrid
         """
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        k, v = _split_heads(self.kv(x), self.num_heads, [self.key_dim, self.val_dim])
-        q, = _split_heads(self.q.ln(self.downsample(x)), self.num_heads, [self.key_dim])
+        kv = self.kv(x)
+        q = self.q.ln(self.downsample(x))
+        if not torch.jit.is_scripting():
+            if self._can_launch(kv, scores):
+                out, scores = self._launch(q, kv, scores, None, self.resolution[1], self.stride)
+                return self.proj(out), scores
+        k, v = _split_heads(kv, self.num_heads, [self.key_dim, self.val_dim])
+        q, = _split_heads(q, self.num_heads, [self.key_dim])
         biases = None if self.attention_biases is None else self.get_attention_biases(x.device)
         attn = _attend(q, k, self.scale, biases)
         if self.scored:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from timm.models.levit import Attention, AttentionDownsample, LevitBlock, LevitDownsample, LevitStage
 from torch import Tensor, nn
 
+from ..kernels.choice import can_run
 from ..method.published import ByClassAttention
 from ..method.schedule import Schedule
 from ..method.selector import Record
@@ -24,9 +25,10 @@ class EvoLevitBlock(LevitBlock):
             x: Tensor,
             scores: Tensor | None,
             biases: Tensor | None,
+            positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens and scores after attention and MLP, see `EvoAttention.forward`."""
-        y, scores = self.attn(x, scores, biases)
+        y, scores = self.attn(x, scores, biases, positions)
         x = x + self.drop_path1(y)
         return x + self.drop_path2(self.mlp(x)), scores
 
@@ -72,25 +74,25 @@ class EvoLevitStage(LevitStage):
         selector = ByClassAttention(self.schedule, self.num_prefix_tokens, self.fast_update, scores)
         selector.record = self._record
         biases: list[Tensor] | None = None  # of the blocks of the segment
+        positions: Tensor | None = None  # in their place where kernels run
         first = 0  # of these blocks
         for i, block in enumerate(self.blocks):
             x = selector.enter(i, x)
             if self.schedule.begins[i]:
-                biases, first = self._gather_biases(i, selector), i
-            x, selector.scores = block(x, selector.scores, None if biases is None else biases[i - first])
+                biases, positions, first = None, selector.present, i
+                if positions is None or block.attn.attention_bias_idxs is None:
+                    positions = None
+                elif not can_run(x):
+                    biases, positions = self._gather_biases(i, positions), None
+            x, selector.scores = block(x, selector.scores, None if biases is None else biases[i - first], positions)
         return selector.whole(x), selector.whole_scores()
 
-    def _gather_biases(self, begin: int, selector: ByClassAttention) -> list[Tensor] | None:
-        """Attention biases of the tokens of a selection for the blocks of the segment that begins with this one.
-
-        None without a selection, or without biases.
-        """
+    def _gather_biases(self, begin: int, positions: Tensor) -> list[Tensor]:
+        """Attention biases of the tokens of a selection for the blocks of the segment that begins with this one."""
         segment = [self.blocks[i] for i in range(begin, self.schedule.end_of_segment(begin))]
-        index = segment[0].attn.attention_bias_idxs  # the same in all of them
-        if selector.present is None or index is None:
-            return None
         tables = [block.attn.attention_biases for block in segment]
-        return levit_attention.gather_biases(tables, index, selector.present, self.fast_update)
+        index = segment[0].attn.attention_bias_idxs  # the same in all of them
+        return levit_attention.gather_biases(tables, index, positions, self.fast_update)
 
 
 _EVOLVED: dict[type[nn.Module], type[nn.Module]] = {  # timm's class, and the one in its place

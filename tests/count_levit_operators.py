@@ -1,0 +1,69 @@
+"""Operators that a forward pass of LeViT launches on a GPU, counted without one; run in a process of its own.
+
+    python tests/count_levit_operators.py [--all]
+
+Views and new memory launch nothing, so they are left out, as are the biases that timm's dense LeViT reads once and
+keeps. Prints the model, the selection or 'dense', and the number; with --all, how often each operator is called.
+"""
+import os
+import sys
+from collections import Counter
+
+os.environ.pop('TRITON_INTERPRET', None)  # kernels are only asked for the shapes of their results
+
+import timm  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.func import functional_call  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+import timm_evo  # noqa: E402
+
+VIEWS = {
+    'view', 'reshape', '_unsafe_view', 'transpose', 't', 'permute', 'unbind', 'slice', 'select', 'expand', 'unsqueeze',
+    'squeeze', 'split', 'split_with_sizes', 'chunk', 'alias', 'detach', 'as_strided', 'flatten', 'unflatten', 'narrow',
+    'device', 'empty', 'empty_like', 'new_empty', 'lift_fresh', '_reshape_alias'}
+
+
+class Counts(TorchDispatchMode):
+    """Counts what is not a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in VIEWS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def on_cuda(tensor: Tensor) -> Tensor:
+    """Of the same shape, without values."""
+    return torch.empty(
+        tensor.shape, device='cuda', dtype=torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
+
+
+@torch.no_grad()
+def count(name: str, selection: str) -> Counter[str]:
+    model = timm.create_model(name).eval()
+    if selection != 'dense':
+        timm_evo.evolve(model, selection=selection)
+    with FakeTensorMode(), Counts() as counter:
+        state = {key: on_cuda(tensor) for key, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        images = torch.empty(8, *model.default_cfg['input_size'], device='cuda', dtype=torch.bfloat16)
+        functional_call(model, state, images)
+        counter.counts.clear()  # now what the model keeps is there
+        functional_call(model, state, images)
+    return counter.counts
+
+
+if __name__ == '__main__':
+    for name in ('levit_128s', 'levit_256', 'levit_384'):
+        for selection in ('dense', 'stage', 'layer'):
+            counts = count(name, selection)
+            print(name, selection, counts.total(), flush=True)
+            if '--all' in sys.argv:
+                print('   ', dict(counts.most_common()))
