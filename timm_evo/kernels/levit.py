@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
-from .products import dot
+from .blocks import dot
 
 __all__ = ['levit_attention', 'levit_scores']
 
