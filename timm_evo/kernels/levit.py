@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
-from .blocks import dot
+from .blocks import divide_up, dot, power_of_2
 
 __all__ = ['levit_attention', 'levit_scores']
 
@@ -162,20 +162,20 @@ def levit_attention(
     # registers are to suffice for several programs at a time; products of long rows in float32 would not fit into them
     is_half = query.dtype != torch.float32
     is_whole = is_half and num_keys <= 256
-    block_m, block_d, block_v = 16, max(16, triton.next_power_of_2(key_dim)), max(16, triton.next_power_of_2(val_dim))
+    block_m, block_d, block_v = 16, max(16, power_of_2(key_dim)), max(16, power_of_2(val_dim))
     if is_whole:
-        block_n = max(16, triton.next_power_of_2(num_keys))
+        block_n = max(16, power_of_2(num_keys))
         block_v = min(block_v, 8192 // block_n)
         num_warps = max(1, min(4, block_n // 32))
     else:
         block_n, num_warps = (64, 4) if is_half else (32, 8)
-    num_sums = num_heads * triton.cdiv(num_paying, block_m) if num_scored else 0
+    num_sums = num_heads * divide_up(num_paying, block_m) if num_scored else 0
     out = query.new_empty(batch_size, num_queries, num_heads * val_dim)
     paid = torch.empty(batch_size, num_sums, num_scored, dtype=torch.float32, device=query.device)
     has_biases = biases is not None
     if biases is None or index is None:
         biases = index = query  # which nothing reads
-    wrap_triton(_attention_kernel)[(triton.cdiv(num_queries, block_m), batch_size * num_heads)](
+    wrap_triton(_attention_kernel)[(divide_up(num_queries, block_m), batch_size * num_heads)](
         query.contiguous(), key_value.contiguous(), biases.contiguous(), index.contiguous(),
         query if positions is None else positions.contiguous(), out, paid,
         num_queries, num_keys, num_keys if positions is None else positions.shape[1], index.shape[1], biases.shape[1],
@@ -261,14 +261,14 @@ def levit_scores(
     batch_size, num_sums, num_tokens = paid.shape
     num_left, left_width = num_tokens, grid_width
     if stride > 1:
-        left_width = triton.cdiv(grid_width, stride)
+        left_width = divide_up(grid_width, stride)
         num_rows = (num_tokens - num_prefix_tokens) // grid_width
-        num_left = num_prefix_tokens + triton.cdiv(num_rows, stride) * left_width
+        num_left = num_prefix_tokens + divide_up(num_rows, stride) * left_width
     out = paid.new_empty(batch_size, num_left)
-    block_t = triton.next_power_of_2(num_tokens)
+    block_t = power_of_2(num_tokens)
     wrap_triton(_scores_kernel)[(batch_size,)](
         paid, paid if scores is None else scores.contiguous(), paid if learned is None else learned, out,
         num_sums, num_tokens, num_left, num_prefix_tokens, grid_width, left_width, 1 / num_summed, tradeoff,
         HAS_SCORES=scores is not None, IS_LEARNED=learned is not None, STRIDE=stride,
-        BLOCK_S=max(1, min(triton.next_power_of_2(num_sums), 4096 // block_t)), BLOCK_T=block_t, num_warps=4)
+        BLOCK_S=max(1, min(power_of_2(num_sums), 4096 // block_t)), BLOCK_T=block_t, num_warps=4)
     return out

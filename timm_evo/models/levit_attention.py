@@ -144,7 +144,9 @@ class ScoringAttention(_DenseAttention):
         tradeoff: alpha, the share of this attention in the scores, or the initial value of a learned one.
         is_tradeoff_held: Whether alpha stays where it starts for now, though it is learned.
         class_token: Whether the first token is the class token; then there are no biases.
+        has_kernels: That kernels may take the place of the tensor steps; `scripting` hides it from TorchScript.
     """
+    has_kernels = True
 
     def init_evolution(self, tradeoff: float, learn_tradeoff: bool, class_token: bool) -> None:
         """Set up an attention that is dense so far.
@@ -280,7 +282,7 @@ class EvoAttention(ScoringAttention, Attention):  # pyright: ignore[reportIncomp
             Scores (B, P + K).
         """
         qkv = self.qkv(x)
-        if not torch.jit.is_scripting():
+        if hasattr(self, 'has_kernels'):
             if biases is None and self._can_launch(qkv, scores):
                 out, scores = self._launch(qkv, qkv, scores, positions)
                 return self.proj(out), scores
@@ -341,7 +343,7 @@ class EvoAttentionDownsample(  # pyright: ignore[reportIncompatibleMethodOverrid
             x = x + self.pos_embed
         kv = self.kv(x)
         q = self.q.ln(self.downsample(x))
-        if not torch.jit.is_scripting():
+        if hasattr(self, 'has_kernels'):
             if self._can_launch(kv, scores):
                 out, scores = self._launch(q, kv, scores, None, self.resolution[1], self.stride)
                 return self.proj(out), scores

@@ -42,7 +42,7 @@ def scriptable(model: Any) -> nn.Module:
         if isinstance(module, (Tapped, ScoringAttention)):
             part_cls: Any = type(module)
             part_cls.__annotations__ = _dense_annotations(part_cls)
-            part_cls.__jit_ignored_attributes__ = ['tap', 'attention']
+            part_cls.__jit_ignored_attributes__ = ['tap', 'attention', 'has_kernels']
     for name in _KEPT_METHODS:
         if hasattr(cls, name):
             torch.jit.ignore(getattr(cls, name))
