@@ -64,6 +64,8 @@ def launch(name: str, *args: Any) -> Any:
     """
     try:
         return getattr(torch.ops.timm_evo, name)(*args)
+    except torch.OutOfMemoryError:  # which says enough
+        raise
     except Exception as error:
         raise RuntimeError(
             f'A Triton kernel of timm_evo failed, {name}: {error}. Set {VARIABLE}=0 in the environment to do without '
