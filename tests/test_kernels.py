@@ -1,14 +1,10 @@
 """Kernels against the tensor steps that they take the place of: on a GPU if there is one, else in Triton's interpreter,
 which `conftest.py` asks for."""
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 from small_vits import create, images
+from this_torch import skip_without_kernels
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,14 +17,11 @@ from timm_evo.method.similarity import LayerNorm
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
-pytest.importorskip('triton')
-pytestmark = pytest.mark.skipif(not hasattr(torch.library, 'triton_op'), reason='this torch takes no Triton operators')
-
 
 @pytest.fixture(autouse=True)
 def kernels_wherever_they_can(monkeypatch):
     monkeypatch.setenv('TIMM_EVO_KERNELS', '1')
-    assert can_run(torch.zeros(1, device=DEVICE))
+    skip_without_kernels()
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -397,32 +390,6 @@ class TestWhereTheStepsRun:
             program = torch.export.export(model, (x,))
         assert not [node for node in program.graph.nodes if 'timm_evo' in str(node.target)]
         torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
-
-
-def run_without_interpreter(script: str, *args: str) -> list[list[str]]:
-    """Run a script beside this file in a process of its own, and give the words of each line that it prints."""
-    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
-    run = subprocess.run(
-        [sys.executable, Path(__file__).with_name(script), *args], env=environment, capture_output=True, text=True,
-        check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [line.split() for line in run.stdout.splitlines()]
-
-
-@pytest.mark.skipif(torch.version.hip is not None, reason='compiled for CUDA')
-def test_they_compile_for_a_gpu_without_one():
-    """By Triton's compiler, which refuses much that the interpreter takes."""
-    lines = run_without_interpreter('compile_kernels.py', '80')
-    assert len(lines) > 30
-    assert max(int(shared) for *_, shared in lines) <= 99 * 1024, lines  # what there is on a small GPU
-
-
-@pytest.mark.skipif(torch.__version__ < torch.torch_version.TorchVersion('2.11'), reason='tried from torch 2.11 on')
-def test_the_compiler_takes_them_into_one_graph():
-    numbers = {(name, selection): int(number) for name, selection, number in run_without_interpreter('one_graph.py')}
-    # an event of two is four kernels, and attention one in each block behind the first event but the last
-    assert numbers.pop(('deit_tiny_patch16_224', 'similarity')) == 2 * 4 + 3
-    assert len(numbers) == 5 and min(numbers.values()) >= 4, numbers
 
 
 def test_an_error_names_the_way_out():

@@ -10,18 +10,17 @@ import timm
 import torch
 from test_cuda import can_go_without_a_gpu
 from test_kernels import DEVICE, random, tolerance
+from this_torch import skip_without_kernels
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_evo
-from timm_evo.kernels.choice import can_run, launch
+from timm_evo.kernels.choice import launch
 from timm_evo.method import published
 from timm_evo.method.class_attention import downsampled_class_attention, mean_attention
 from timm_evo.models import levit_attention
 from timm_evo.models.levit_attention import gather_biases
 
-pytest.importorskip('triton')
-pytestmark = pytest.mark.skipif(not hasattr(torch.library, 'triton_op'), reason='this torch takes no Triton operators')
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEIGHT, WIDTH = 7, 5
 NUM_PATCHES = HEIGHT * WIDTH
@@ -30,7 +29,7 @@ NUM_PATCHES = HEIGHT * WIDTH
 @pytest.fixture(autouse=True)
 def kernels_wherever_they_can(monkeypatch):
     monkeypatch.setenv('TIMM_EVO_KERNELS', '1')
-    assert can_run(random(1))
+    skip_without_kernels()
 
 
 def relative_positions(height: int, width: int, stride: int = 1) -> Tensor:

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
+import numpy
 import pytest
 import timm
 import torch
@@ -19,6 +20,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_evo import restore
+from timm_evo.kernels.choice import can_run, launch
 
 # A dimension of any size. An older torch knows only a form that may take the size for a constant, which is seen when a
 # program runs with another one.
@@ -52,6 +54,28 @@ def if_dense_can(act: Callable[[nn.Module], Any], model: nn.Module) -> Any:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             pytest.skip(f'torch {torch.__version__} cannot do this with the dense model: {reason}')
         raise
+
+
+def skip_without_kernels() -> None:
+    """Skip the test where no kernel can run: without a GPU, in Triton's interpreter."""
+    error = _error_of_kernels()
+    if error is not None:
+        pytest.skip(f'no kernel can run here, with torch {torch.__version__} and numpy {numpy.__version__}: {error}')
+
+
+@functools.cache
+def _error_of_kernels() -> str | None:
+    """An older torch takes no Triton operators, and an older Triton cannot interpret loops with the newest NumPy."""
+    x = torch.zeros(1, 1, 1, 16, device='cuda' if torch.cuda.is_available() else 'cpu')
+    if not can_run(x):
+        return 'there are no Triton operators'
+    try:
+        launch('attend', x, x, x, x[0, :, :, 0], 1.)
+    except RuntimeError as error:
+        if 'only 0-dimensional arrays' in str(error):
+            return str(error.__cause__)
+        raise
+    return None
 
 
 def load_folder(folder: Path | str) -> nn.Module:

@@ -1,13 +1,15 @@
-""" Blocks of numbers: how many, how large, and their products """
+""" What the kernels share: how they are wrapped; blocks of numbers, how many, how large, and their products """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 # (kernels are in the language of Triton, in which more can be indexed than in Python)
 import os
+from typing import Any
 
+import torch.library
 import triton
 import triton.language as tl
 
-__all__ = ['divide_up', 'dot', 'power_of_2']
+__all__ = ['divide_up', 'dot', 'power_of_2', 'wrap_triton']
 
 _IS_INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 
@@ -18,6 +20,11 @@ def dot(a, b, summed):
     if _IS_INTERPRETED:  # which knows no products of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, summed, input_precision='ieee')
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """As `torch.library.wrap_triton`, which in an older torch takes no kernel that is interpreted."""
+    return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
 # Triton has both, but they take longer in Python than PyTorch takes for an operator

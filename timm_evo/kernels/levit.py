@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 from torch.utils.flop_counter import register_flop_formula
 
-from .blocks import divide_up, dot, power_of_2
+from .blocks import divide_up, dot, power_of_2, wrap_triton
 
 __all__ = ['levit_attention', 'levit_scores']
 

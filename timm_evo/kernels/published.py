@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from .blocks import divide_up, power_of_2
+from .blocks import divide_up, power_of_2, wrap_triton
 
 __all__ = ['class_attention', 'follow', 'gather_rotations', 'gather_with_representative', 'select_tokens']
 

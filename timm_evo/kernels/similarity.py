@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 from torch.utils.flop_counter import register_flop_formula
 
-from .blocks import divide_up, power_of_2
+from .blocks import divide_up, power_of_2, wrap_triton
 from .similarity_steps import averages_of, best_matches, decide, unit_features
 
 __all__ = ['average_alike', 'follow_averages', 'is_small']
