@@ -1,12 +1,8 @@
 """On a CUDA device, without one: tensors that have shapes and a device but no values show what a model asks of it."""
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
+from this_torch import run_without_interpreter
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -53,17 +49,12 @@ def test_the_cpu_never_waits_for_the_gpu(name, settings, training, dtype):
 @pytest.mark.skipif(not hasattr(torch.library, 'triton_op'), reason='this torch takes no Triton operators')
 def test_a_selection_adds_few_launches():
     """A small kernel takes a GPU as long as the launch of a large one."""
-    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
-    counts = {}
-    for setting in ('0', ''):
-        run = subprocess.run(
-            [sys.executable, Path(__file__).with_name('count_operators.py')],
-            env=environment | {'TIMM_EVO_KERNELS': setting}, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr[-3000:]
-        for line in run.stdout.splitlines():
-            name, selection, number = line.split()
-            counts[setting, name, selection] = int(number)
-    for name in ('deit_small_patch16_224', 'vit_small_patch16_dinov3'):
+    names = ('deit_small_patch16_224', 'vit_small_patch16_dinov3')
+    counts = {
+        (setting, name, selection): int(number)
+        for setting in ('0', '') for name, selection, number in run_without_interpreter(
+            'count_operators.py', *names, TIMM_EVO_KERNELS=setting)}
+    for name in names:
         dense = counts['', name, 'dense']
         more = {selection: counts['', name, selection] - dense for selection in ('stage', 'layer', 'similarity')}
         assert more['stage'] <= 20 and more['layer'] <= 56 and more['similarity'] <= 30, (dense, more)

@@ -1,27 +1,13 @@
 """Kernels as compilers see them, without a GPU and without Triton's interpreter."""
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from this_torch import run_without_interpreter
 from torch.torch_version import TorchVersion
 
 pytest.importorskip('triton')
 pytestmark = pytest.mark.skipif(
     torch.__version__ < TorchVersion('2.8') or torch.version.hip is not None,
     reason='tried from torch 2.8 on, and for CUDA')
-
-
-def run_without_interpreter(script: str, *args: str) -> list[list[str]]:
-    """Run a script beside this file in a process of its own, and give the words of each line that it prints."""
-    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
-    run = subprocess.run(
-        [sys.executable, Path(__file__).with_name(script), *args], env=environment, capture_output=True, text=True,
-        check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [line.split() for line in run.stdout.splitlines()]
 
 
 def test_they_compile_for_a_gpu_without_one():

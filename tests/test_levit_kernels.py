@@ -1,16 +1,11 @@
 """Kernels of LeViT against the tensor steps that they take the place of: on a GPU if there is one, else in Triton's
 interpreter, which `conftest.py` asks for."""
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 from test_cuda import can_go_without_a_gpu
 from test_kernels import DEVICE, random, tolerance
-from this_torch import skip_without_kernels
+from this_torch import run_without_interpreter, skip_without_kernels
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -254,12 +249,10 @@ class TestWholeModels:
 @pytest.mark.skipif(not can_go_without_a_gpu(), reason='this torch wants a GPU for tensors without values, too')
 def test_an_evolved_model_launches_less_than_a_dense_one():
     """Eager LeViTs wait for launches, not for numbers."""
-    script = Path(__file__).with_name('count_levit_operators.py')
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ('TRITON_INTERPRET', 'TIMM_EVO_KERNELS')}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    counts = {tuple(line.split()[:2]): int(line.split()[2]) for line in run.stdout.splitlines()}
+    names = ('levit_128s', 'levit_256', 'levit_384')
+    counts = {
+        (name, selection): int(number)
+        for name, selection, number in run_without_interpreter('count_operators.py', *names)}
     assert counts['levit_128s', 'stage'] <= 180 < 250 < counts['levit_128s', 'dense']
-    for name in ('levit_128s', 'levit_256', 'levit_384'):
+    for name in names:
         assert counts[name, 'stage'] < 0.75 * counts[name, 'dense'] and counts[name, 'layer'] < counts[name, 'dense']

@@ -5,7 +5,10 @@ Found out by trying, because a library seldom says which torch it needs.
 import copy
 import functools
 import importlib
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,6 +57,25 @@ def if_dense_can(act: Callable[[nn.Module], Any], model: nn.Module) -> Any:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             pytest.skip(f'torch {torch.__version__} cannot do this with the dense model: {reason}')
         raise
+
+
+def run_without_interpreter(script: str, *args: str, **environment: str) -> list[list[str]]:
+    """Run a script of this folder in a process of its own, where kernels are compiled or asked for shapes alone.
+
+    Args:
+        script: Its name.
+        args: Its arguments.
+        environment: What else to set.
+
+    Returns:
+        The words of each line that it prints.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in ('TRITON_INTERPRET', 'TIMM_EVO_KERNELS')}
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name(script), *args], env=kept | environment, capture_output=True,
+        text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [line.split() for line in run.stdout.splitlines()]
 
 
 def skip_without_kernels() -> None:
