@@ -1,16 +1,22 @@
-""" What is left of frozen weights, against measured throughput: evolved models beside ToMe and EViT
+""" What frozen weights keep, against measured throughput: evolved models beside ToMe and EViT
 
-Weights that were trained densely run with fewer tokens, without further training: by the selection of the paper
-(`selection='stage'`), by that for such weights (`selection='similarity'`), and in ToMe's and EViT's own code, each at
-several settings. There are two kinds of measurement.
+Weights that were trained densely run with fewer tokens, without further training: by similarity, by the published
+selections `stage` and `layer`, and in ToMe's and EViT's own code, each at several settings. Two presets measure real
+weights, with one command each. Photos are those of https://github.com/EliSchwartz/imagenet-sample-images, one of each
+class of ImageNet, in the order of the classes.
 
-Features of real weights, DINOv2's ViT-S/14 in the file that `common/saliency.py` says how to get, on photos of
-https://github.com/EliSchwartz/imagenet-sample-images:
+Classes of DeiT-Ti, with a checkpoint (docs/benchmarks.md says of which one the results are) or timm's pretrained one:
 
-    python benchmarks/frozen.py --features vit_s_focus.onnx --photos imagenet-sample-images --num-images 300 \
+    python benchmarks/frozen.py --preset deit_tiny --checkpoint deit_tiny_in1k.safetensors \
+        --photos imagenet-sample-images --tome ToMe --evit evit --results benchmarks/results/frozen_deit_tiny_cpu
+
+Features of DINOv2's ViT-S/14, in the file that `common/saliency.py` says how to get:
+
+    python benchmarks/frozen.py --preset dinov2_small --features vit_s_focus.onnx --photos imagenet-sample-images \
         --tome ToMe --evit evit --results benchmarks/results/frozen_features_cpu
 
-Every tenth photo, beginning with the first by name, is left out: selection by similarity was chosen on these.
+The rule of similarity was chosen on other photos than `REPORTED`, and `--tune` uses `TUNED`: features, and the column
+"KL, unseen", are of photos on which nothing was chosen.
 
 Top-1 of a classifier, with timm's pretrained weights or a checkpoint, such as one that timm's train.py has made:
 
@@ -19,8 +25,8 @@ Top-1 of a classifier, with timm's pretrained weights or a checkpoint, such as o
     python benchmarks/frozen.py --checkpoint output/runs/dense-seed0/last.pth.tar --data-dir cifar10 \
         --results benchmarks/results/frozen_cifar10
 
-What is left is measured in float32, or in `--left-dtype` beside the dense model in float32, one model after the other,
-and kept in PREFIX.json as it comes: the same command goes on where it was interrupted. Throughput is measured then, of
+What is kept is measured in float32, or in `--left-dtype` beside the dense model in float32, one model after the other,
+and noted in PREFIX.json as it comes: the same command goes on where it was interrupted. Throughput is measured then, of
 all models in turn, in one run, as `throughput.py` does, because only such ratios can be compared. LayerScale, which
 ToMe and EViT do not know, is multiplied into the weights of all models, the dense one, too.
 """
@@ -56,12 +62,28 @@ import timm_evo
 
 Dense = VisionTransformer | Eva
 DENSE = 'dense'
-SELECTIONS = {'published': 'stage', 'similarity': 'similarity'}
-STYLES = {'similarity': ('C0', 'o'), 'published': ('C1', 's'), 'ToMe': ('C2', '^'), 'EViT': ('C3', 'D')}
+SIMILARITY, EARLIER, TUNED_METHOD = 'similarity', 'similarity, earlier rule', 'similarity, tuned'
+STYLES = {
+    SIMILARITY: ('C0', 'o'), TUNED_METHOD: ('C4', '*'), EARLIER: ('C7', 'x'), 'stage': ('C1', 's'),
+    'layer': ('C8', 'v'), 'ToMe': ('C2', '^'), 'EViT': ('C3', 'D')}
 KEEP_RATIOS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
 TOME_R = [4, 8, 11, 14, 17, 20]  # for 256 patches and 12 blocks
 EVIT_KEEP_RATES = [0.5, 0.6, 0.7, 0.8, 0.9]
-SEARCH_STEP = 10  # the photos that selection by similarity was chosen on
+# Of every 20 photos: those that nothing was chosen on, and those that schedules are tuned on.
+REPORTED = frozenset([1, 2, 5, 6, 9, 17, 18])
+TUNED = frozenset([0, 4, 8, 12])
+PRESETS = {
+    'deit_tiny': dict(
+        model='deit_tiny_patch16_224', keep_ratios=[0.3, 0.35, 0.5, 0.7, 0.9], published_ratios=[0.5, 0.7],
+        earlier=[0.3, 0.35, 0.5, 0.7, 0.9], tune=[0.35, 0.5, 0.7], tome_r=[5, 10, 14, 17, 20],
+        evit_keep_rates=[0.5, 0.7, 0.9]),
+    'dinov2_small': dict(
+        keep_ratios=[0.3, 0.35, 0.5, 0.7, 0.9], published_ratios=[0.5, 0.7], earlier=[0.3, 0.35, 0.5, 0.7, 0.9],
+        tune=[0.35, 0.5, 0.7], tome_r=[8, 11, 14, 17], evit_keep_rates=[0.5, 0.7, 0.9], num_images=200),
+    'dinov2_small_448': dict(
+        img_size=448, keep_ratios=[0.3, 0.35, 0.5, 0.7], published_ratios=[0.3, 0.5], earlier=[0.3, 0.35, 0.5, 0.7],
+        tune=[], tome_r=[11, 14, 17], evit_keep_rates=[0.5, 0.7], num_images=40, batch_size=4, rounds=7),
+}
 
 
 @dataclass
@@ -114,6 +136,7 @@ class Work:
         title: Of table and plot.
         panels: What is drawn, by key of the results: what the axis says.
         grids: Key of the results that whole grids are needed for, so that their throughput counts there, if any.
+        tuning_images: Prepared images that schedules are tuned on, if any.
     """
     dense: Dense
     task: Features | Classes
@@ -121,6 +144,7 @@ class Work:
     title: str
     panels: dict[str, str]
     grids: str | None
+    tuning_images: Tensor | None = None
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:
@@ -153,6 +177,13 @@ def load_photos(files: list[Path], img_size: int) -> Tensor:
     return torch.stack(photos)
 
 
+def list_photos(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in ('.jpeg', '.jpg', '.png'))
+    if len(files) < 20:
+        raise SystemExit(f'--photos: there are too few photos in {folder}')
+    return files
+
+
 def prepare_features(args: argparse.Namespace) -> Work:
     try:
         backbone, decoder = read_weights(args.features)
@@ -161,10 +192,8 @@ def prepare_features(args: argparse.Namespace) -> Work:
     img_size = args.img_size or 224
     if img_size % 14:
         raise SystemExit(f'--img-size {img_size} is not a multiple of 14 pixels')
-    files = sorted(file for file in args.photos.iterdir() if file.suffix.lower() in ('.jpeg', '.jpg', '.png'))
-    files = spread([file for i, file in enumerate(files) if i % SEARCH_STEP], args.num_images)
-    if len(files) < 2:
-        raise SystemExit(f'--photos: there are too few photos in {args.photos}')
+    every = list_photos(args.photos)
+    files = spread([file for i, file in enumerate(every) if i % 20 in REPORTED], args.num_images)
     dense = fold(create_backbone(backbone, img_size), BACKBONE).to(args.device)
     identity = {
         'model': BACKBONE,
@@ -173,10 +202,12 @@ def prepare_features(args: argparse.Namespace) -> Work:
         'images': len(files),
         'image_names': fingerprint(file.name.encode() for file in files),
     }
-    photos = load_photos(files, img_size)
+    task = Features(
+        dense, Decoder(decoder).to(args.device), load_photos(files, img_size), args.batch_size, args.device)
+    tuned_on = [file for i, file in enumerate(every) if i % 20 in TUNED]
     return Work(
         dense,
-        Features(dense, Decoder(decoder).to(args.device), photos, args.batch_size, args.device),
+        task,
         identity,
         f'Frozen weights of DINOv2 ViT-S/14, {len(files)} photos of {img_size} pixels',
         {
@@ -184,6 +215,59 @@ def prepare_features(args: argparse.Namespace) -> Work:
             'saliency': 'saliency map: correlation with the dense one',
         },
         'saliency',
+        task.prepare(load_photos(tuned_on, img_size)) if args.tune else None,
+    )
+
+
+class PhotosOfClasses(torch.utils.data.Dataset):
+    """Photos in a folder, of which the order of the names is that of the classes."""
+
+    def __init__(self, files: list[Path], transform: Callable) -> None:
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with Image.open(self.files[index]) as image:
+            return self.transform(image.convert('RGB')), index
+
+
+def prepare_photos(args: argparse.Namespace) -> Work:
+    """A classifier on photos, one of each of its classes."""
+    name, model = create_classifier(args, {})
+    files = list_photos(args.photos)
+    if len(files) != model.num_classes:
+        raise SystemExit(
+            f'--photos: there are {len(files)} in {args.photos}, but {name} has {model.num_classes} classes')
+    config = timm.data.resolve_data_config({}, model=model)
+    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    config = {key: config[key] for key in keys}
+    photos = PhotosOfClasses(files, timm.data.create_transform(**config))
+    images, labels = [], []
+    for image, label in tqdm(photos, desc='photos', unit='photo'):
+        images.append(image)
+        labels.append(label)
+    images, labels = torch.stack(images), torch.tensor(labels)
+    is_unseen = torch.tensor([i % 20 in REPORTED for i in range(len(files))])
+    dense = fold(model, name).to(args.device)
+    identity = {
+        'model': name,
+        'weights': weights_fingerprint(dense),
+        'img_size': list(config['input_size'][1:]),
+        'images': len(files),
+        'image_names': fingerprint(file.name.encode() for file in files),
+        'preprocessing': config,
+    }
+    batches = list(zip(images.split(args.batch_size), labels.split(args.batch_size), strict=True))
+    return Work(
+        dense,
+        Classes(dense, [(x.to(args.device), y.to(args.device)) for x, y in batches], is_unseen.to(args.device)),
+        json.loads(json.dumps(identity)),
+        f'Frozen weights of {name}, {len(files)} photos of ImageNet',
+        {'top1': 'top-1 (%)', 'kl_unseen': 'KL to the dense predictions, of photos that nothing was chosen on'},
+        None,
+        images[[i % 20 in TUNED for i in range(len(files))]].to(args.device),
     )
 
 
@@ -278,17 +362,59 @@ def share(model: Dense) -> Dense:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def find_settings(dense: Dense, args: argparse.Namespace) -> tuple[list[Setting], dict[str, str]]:
+def earlier_rule(depth: int, keep_ratio: float) -> dict:
+    """The rule of version 0.1: before every second block from block 1 on, each time the same share."""
+    num_dense = max(1, round(depth / 3)) - 1
+    goal = num_dense + keep_ratio * (depth - 2 - num_dense)
+    low, high = 0.5, 1.
+    for _ in range(60):
+        factor = (low + high) / 2
+        if sum(factor ** (i // 2 + 1) for i in range(depth - 2)) > goal:
+            high = factor
+        else:
+            low = factor
+    shares = [high ** (i // 2 + 1) for i in range(depth - 2)]
+    return {'selection': 'similarity', 'keep_ratio': [*shares, shares[-1]], 'start_block': 1}
+
+
+def tune_schedules(work: Work, ratios: list[float], known: dict[str, dict], keep: Callable[[dict], None]) -> None:
+    """Settings of `timm_evo.tune` at the cost of each keep ratio, added to those that are known."""
+    for ratio in ratios:
+        if f'{ratio:g}' not in known:
+            assert work.tuning_images is not None
+            tuned = timm_evo.tune(work.dense, work.tuning_images, keep_ratio=ratio)
+            print(tuned)
+            if tuned.settings is not None:
+                known[f'{ratio:g}'] = tuned.settings
+                keep(known)
+
+
+def find_settings(
+        dense: Dense,
+        tuned: dict[str, dict],
+        args: argparse.Namespace,
+) -> tuple[list[Setting], dict[str, str]]:
     """All methods at all settings; and the methods whose code cannot run the model, with the reason."""
     def evolve(selection: str, ratio: float) -> nn.Module:
         return timm_evo.evolve(share(dense), selection=selection, keep_ratio=ratio)
 
+    def evolve_by(arguments: dict) -> nn.Module:
+        return timm_evo.evolve(share(dense), **arguments)
+
     def build_other(reduce: Callable[[Dense, float], nn.Module], value: float) -> nn.Module:
         return reduce(share(dense), value)
 
-    settings = [
-        Setting(method, f'{ratio:g}', partial(evolve, selection, ratio), True)
-        for method, selection in SELECTIONS.items() for ratio in args.keep_ratios
+    depth = len(dense.blocks)
+    settings = [Setting(SIMILARITY, f'{ratio:g}', partial(evolve, 'similarity', ratio), True)
+                for ratio in args.keep_ratios]
+    settings += [
+        Setting(TUNED_METHOD, ratio, partial(evolve_by, tuning), True) for ratio, tuning in tuned.items()]
+    settings += [
+        Setting(EARLIER, f'{ratio:g}', partial(evolve_by, earlier_rule(depth, ratio)), True) for ratio in args.earlier]
+    settings += [
+        Setting(selection, f'{ratio:g}', partial(evolve, selection, ratio), True)
+        for selection in ('stage', 'layer')
+        for ratio in (args.keep_ratios if args.published_ratios is None else args.published_ratios)
     ]
     if args.left_dtype != 'float32':  # what the dtype alone costs
         settings.insert(0, Setting(f'{DENSE} in {args.left_dtype}', '', partial(share, dense), True))
@@ -385,12 +511,13 @@ def measure_speed(work: Work, settings: list[Setting], args: argparse.Namespace)
 
 
 def format_table(work: Work, results: dict[str, dict]) -> str:
-    """What is left, throughput and GMACs; a dash where a method has no grid."""
+    """What is kept, throughput and GMACs; a dash where a method has no grid."""
     lines = []
     for label, row in results.items():
         line = {'': label}
         for key, title in work.task.COLUMNS.items():
-            line[title] = f'{row[key]:{work.task.FORMAT}}' if key in row else '-'
+            form = '.4f' if key in ('loss', 'kl', 'kl_unseen') else work.task.FORMAT
+            line[title] = f'{row[key]:{form}}' if key in row else '-'
             if key == 'top1':
                 line['to dense'] = f'{row[key] - results[DENSE][key]:+.2f}'
         line |= {'img/s': f'{row["images_per_second"]:.1f}', 'ratio to dense': f'{row["ratio_to_dense"]:.2f} x'}
@@ -479,6 +606,8 @@ def parse_args() -> argparse.Namespace:
         metavar='KEY=VALUE',
         help="arguments of the dense model (default: the checkpoint's)",
     )
+    parser.add_argument(
+        '--preset', choices=PRESETS, help='all settings of one of the published results; the files are still given')
     classes.add_argument('--workers', type=int, default=0, metavar='N', help='processes that load images (default: 0)')
 
     for option, method in (('--tome', 'ToMe'), ('--evit', 'EViT')):
@@ -486,11 +615,16 @@ def parse_args() -> argparse.Namespace:
 
     def add_values(option: str, kind: Callable, values: list, what: str) -> None:
         parser.add_argument(
-            option, nargs='+', type=kind, default=values, metavar='N',
+            option, nargs='*', type=kind, default=values, metavar='N',
             help=f'{what} (default: {" ".join(map(str, values))})')
     add_values('--keep-ratios', keep_ratio, KEEP_RATIOS, 'of evolved models')
     add_values('--tome-r', positive_int, TOME_R, "ToMe's r for 256 patches and 12 blocks, scaled for others")
     add_values('--evit-keep-rates', keep_ratio, EVIT_KEEP_RATES, "EViT's keep rate")
+    parser.add_argument(
+        '--published-ratios', nargs='*', type=keep_ratio, metavar='N',
+        help='of the published selections (default: as --keep-ratios)')
+    add_values('--earlier', keep_ratio, [], 'of the rule of similarity of version 0.1')
+    add_values('--tune', keep_ratio, [], 'whose cost a schedule is tuned for, with --photos')
     parser.add_argument(
         '--img-size', type=positive_int, metavar='N', help="pixels (default: 224, or the classifier's)")
     parser.add_argument(
@@ -512,9 +646,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='images (default: 16)')
     parser.add_argument('--rounds', type=positive_int, default=11, metavar='N', help='timed rounds (default: 11)')
     add_results(parser)
+    preset = parser.parse_known_args()[0].preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args()
-    if (args.features is None) != (args.photos is None) or (args.features is None) == (args.data_dir is None):
-        parser.error('give either --features and --photos, or --data-dir')
+    if (args.photos is None) == (args.data_dir is None):
+        parser.error('give either --photos or --data-dir')
+    if args.photos is not None and (args.features is None) == (args.model is None):
+        parser.error('--photos needs either --features or --model')
+    if args.tune and args.photos is None:
+        parser.error('--tune needs --photos')
     if args.data_dir is not None and args.model is None and args.checkpoint is None:
         parser.error('--data-dir needs --model or --checkpoint')
     return args
@@ -523,17 +663,26 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
-    work = prepare_features(args) if args.data_dir is None else prepare_classes(args)
-    settings, left_out = find_settings(work.dense, args)
+    prepare = prepare_classes if args.data_dir is not None else prepare_photos if args.features is None else (
+        prepare_features)
+    work = prepare(args)
+    earlier = read_earlier(args.results)
+    identity = {**work.identity, 'library': library_fingerprint(), 'left_dtype': args.left_dtype}
+    is_same = earlier.get('settings', {}).get('frozen') == identity
+    known = earlier.get('models', {}) if is_same else {}
+    how = {'device': args.device.type, 'dtype': args.dtype, 'batch_size': args.batch_size, 'rounds': args.rounds}
+    record = {
+        'settings': {**how, 'frozen': identity}, 'tuned': earlier.get('tuned', {}) if is_same else {}, 'models': known}
+    environment = describe_environment(args.device)
+
+    def keep_tuned(tuned: dict[str, dict]) -> None:
+        write_json(args.results, {**environment, **record, 'tuned': tuned})
+
+    tune_schedules(work, args.tune, record['tuned'], keep_tuned)
+    settings, left_out = find_settings(work.dense, record['tuned'], args)
+    record['left_out'] = left_out
     for method, reason in left_out.items():
         print(f'{method} is left out, its code cannot run {work.identity["model"]}: {reason}')
-
-    identity = {**work.identity, 'library': library_fingerprint(), 'left_dtype': args.left_dtype}
-    how = {'device': args.device.type, 'dtype': args.dtype, 'batch_size': args.batch_size, 'rounds': args.rounds}
-    record = {'settings': {**how, 'frozen': identity}, 'left_out': left_out, 'models': {}}
-    environment = describe_environment(args.device)
-    earlier = read_earlier(args.results)
-    known = earlier.get('models', {}) if earlier.get('settings', {}).get('frozen') == identity else {}
 
     def keep(models: dict[str, dict]) -> None:
         record['models'] = models

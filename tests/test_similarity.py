@@ -71,7 +71,20 @@ def test_a_keep_ratio_is_the_mean_share_over_the_evolved_blocks_but_the_last():
         assert shares[:start_block] == [1.] * start_block
         assert sum(shares[start_block:-1]) / (depth - 1 - start_block) == pytest.approx(keep_ratio)
         assert shares[-1] == shares[-2] and not any(scored)
-        assert [i for i, begin in enumerate(begins) if begin] == list(range(start_block, depth - 1, 2))
+        step = 2 if depth == 24 else 1
+        assert [i for i, begin in enumerate(begins) if begin] == list(range(start_block, depth - 1, step))[:5]
+
+
+@pytest.mark.parametrize('depth, keep_ratio, events', [
+    (12, 0.9, [3, 4, 5, 6, 7]), (12, 0.5, [3, 4, 5, 6, 7]), (12, 0.35, [2, 3, 4, 5, 6, 7]),
+    (12, 0.15, [1, 2, 3, 4, 5, 6, 7]), (24, 0.5, [6, 8, 10, 12, 14]), (24, 0.3, [4, 6, 8, 10, 12, 14]),
+    (40, 0.7, [10, 13, 16, 19, 22]), (4, 0.5, [1, 2])])
+def test_by_default_a_quarter_of_the_blocks_is_dense_and_no_event_takes_more_than_a_fifth(depth, keep_ratio, events):
+    begins, shares, _, _ = make_similarity_schedule(depth, keep_ratio, None)
+    assert [i for i, begin in enumerate(begins) if begin] == events
+    factors = [shares[i] / shares[i - 1] for i in events]
+    assert factors == pytest.approx([factors[0]] * len(events))
+    assert factors[0] >= 0.8 or events[0] == 1
 
 
 def test_keep_ratio_one_is_the_dense_model():
@@ -162,7 +175,7 @@ def test_a_model_without_a_final_norm_compares_the_tokens_as_they_are():
 
 
 @pytest.mark.parametrize('size, keep_ratio', [
-    ((4, 8), 0.7), ((12, 4), 0.3), ((12, 12), [0.5, 0.25, 0.125, 0.12, 0.12]), ((4, 12), 0.9)])
+    ((4, 8), 0.7), ((12, 4), 0.55), ((12, 12), [0.5, 0.25, 0.125, 0.12, 0.12]), ((4, 12), 0.9)])
 @torch.no_grad()
 def test_a_grid_of_a_few_patches_goes_down_to_one(size, keep_ratio):
     model = build(img_size=size, depth=6, selection='similarity', keep_ratio=keep_ratio).eval()
@@ -238,7 +251,7 @@ def test_shares_that_are_not_possible_are_refused():
         model.set_evolution(keep_ratio=[0.7, 0.8] + [0.6] * 9)
     with pytest.raises(ValueError, match='0.3 cannot follow one of 1'):
         model.set_evolution(keep_ratio=[0.3] * 11)
-    with pytest.raises(ValueError, match='must be at least 0.1938'):
+    with pytest.raises(ValueError, match='must be at least 0.1125'):
         model.set_evolution(keep_ratio=0.05, start_block=1)
     with pytest.raises(ValueError, match='leaves none'):
         timm.create_model('evo_vit_tiny_patch16_224', img_size=32, keep_ratio=0.1)

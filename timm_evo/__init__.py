@@ -20,12 +20,15 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
     from .models.eva import EvoEva
     from .models.levit import EvoLevit
     from .models.vision_transformer import EvoVisionTransformer, EvoVisionTransformerDistilled
+    from .tuning.tune import tune
+    from .tuning.tuned import Tuned
 
 __version__ = '0.1.0'
 __all__ = [
     'EvoEva', 'EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'EvolutionConfig', 'Selection',
-    'WholeGrid',
-    'checkpoints', 'count_gmacs', 'evolve', 'evolved', 'hub', 'restore', 'trace', 'visualize', 'whole_grid']
+    'Tuned', 'WholeGrid',
+    'checkpoints', 'count_gmacs', 'evolve', 'evolved', 'hub', 'restore', 'trace', 'tune', 'visualize',
+    'whole_grid']
 _MODULES = {  # of the public names; the others are modules themselves
     'EvoEva': 'models.eva',
     'EvoLevit': 'models.levit',
@@ -33,12 +36,14 @@ _MODULES = {  # of the public names; the others are modules themselves
     'EvoVisionTransformerDistilled': 'models.vision_transformer',
     'EvolutionConfig': 'config',
     'Selection': 'inspection.tracing',
+    'Tuned': 'tuning.tuned',
     'WholeGrid': 'inspection.whole_grid',
     'count_gmacs': 'inspection.cost',
     'evolve': 'api',
     'evolved': 'api',
     'restore': 'api',
     'trace': 'inspection.tracing',
+    'tune': 'tuning.tune',
     'visualize': 'inspection.visualization',
     'whole_grid': 'inspection.whole_grid',
 }

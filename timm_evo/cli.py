@@ -74,6 +74,36 @@ def _visualize(args: argparse.Namespace) -> None:
     print(args.output)
 
 
+def _tune(args: argparse.Namespace) -> None:
+    if args.save is not None and args.plot is None:
+        args.plot = args.save.with_suffix('.png')
+    if args.plot is not None and args.plot.suffix.lower() not in PICTURES:
+        raise ValueError(f'--plot {args.plot} is not allowed, it must end with {", ".join(PICTURES)}.')
+
+    from . import checkpoints
+    from .inspection import building, visualization
+    from .tuning import folder, tune
+
+    if args.plot is not None:
+        visualization.figure_class()  # before any work
+    model = building.build(args.model, dict(args.model_kwargs), pretrained=args.checkpoint is None)
+    if args.checkpoint is not None:
+        checkpoints.load_weights(model, args.checkpoint)
+    images, labels = folder.load_images(args.images, model, args.num_images)
+    wishes = dict(speedup=args.speedup, agreement=args.agreement, keep_ratio=args.keep_ratio)
+    tuned = tune.tune(
+        model.to(args.device), images, labels, **wishes, batch_size=args.batch_size, compile=args.compile,
+        save=args.save)
+    print(tuned)
+    if args.plot is not None:
+        tuned.draw().savefig(args.plot, dpi=150)
+        print(f'The curve is in {args.plot}.')
+    if tuned.settings is not None:
+        if args.save is not None:
+            print(f'The settings are in {args.save}.')
+        print(f'--model-kwargs {tuned.model_kwargs}')
+
+
 def key_value(text: str) -> tuple[str, Any]:
     """Name and value of an argument, as timm's scripts read them; an older timm's own fails at some values."""
     key, equals, value = text.partition('=')
@@ -121,6 +151,37 @@ def _parse_args(args: list[str] | None) -> argparse.Namespace:
         '--keep-ratios', nargs='+', type=float, metavar='RATIO', help='what a page offers (default: 0.3 0.5 0.7 0.9)')
     visualize.add_argument(
         '--output', required=True, type=Path, metavar='FILE', help=f'{PAGE} for a page, or {", ".join(PICTURES)}')
+
+    tune = commands.add_parser(
+        'tune',
+        help='fit the settings to a model, to images and to this machine',
+        description='Find settings of similarity for a model with the weights that it has: measure on a folder of '
+                    'images what keep ratios keep and how fast they are, then search for the schedule that keeps most '
+                    'at the speed, the agreement or the cost that is wanted. Nothing is trained.',
+    )
+    tune.set_defaults(command=_tune)
+    tune.add_argument('model', metavar='MODEL', help='a ViT of timm, dense or evo_*, or hf-hub:user/name')
+    tune.add_argument(
+        '--images', required=True, type=Path, metavar='FOLDER',
+        help='images such as the model will see; in one folder per class, if there are as many as the model has '
+             'classes, top-1 is measured, too')
+    tune.add_argument(
+        '--num-images', type=int, default=200, metavar='N', help='of them, evenly spread (default: 200)')
+    tune.add_argument('--checkpoint', type=Path, metavar='FILE', help='weights (default: the pretrained ones)')
+    _add_model_kwargs(tune, 'arguments of the model, such as img_size=384')
+    wish = tune.add_mutually_exclusive_group()
+    wish.add_argument('--speedup', type=float, metavar='X', help='wanted speed-up over the dense model (default: 1.5)')
+    wish.add_argument(
+        '--agreement', type=float, metavar='SHARE',
+        help='wanted share of the images that keep their class, or cosine of the features of a backbone')
+    wish.add_argument('--keep-ratio', type=float, metavar='RATIO', help='keep ratio whose cost is wanted')
+    tune.add_argument('--batch-size', type=int, default=16, metavar='N', help='images at a time (default: 16)')
+    tune.add_argument('--device', default='cpu', help='where the model runs (default: cpu)')
+    tune.add_argument('--compile', action='store_true', help='measure the speed of compiled models')
+    tune.add_argument(
+        '--save', type=Path, metavar='FILE.json',
+        help='write the settings; beside it FILE.measured.json, from which the same command goes on, and FILE.png')
+    tune.add_argument('--plot', type=Path, metavar='FILE', help='draw the curve (default: beside --save)')
 
     convert = commands.add_parser(
         'convert',

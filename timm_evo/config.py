@@ -26,8 +26,9 @@ class EvolutionConfig:
             'similarity' the mean share over the evolved blocks, or one per block; see
             `method.schedule.make_similarity_schedule`. One number costs about the same in each selection, and 1.0 is
             exactly the dense model.
-        start_block: First block that evolves, at least 1. None for a third of the depth, rounded: 4 of 12 blocks; in
-            'similarity' for 1, in a LeViT, whose blocks are counted through the stages, for 2.
+        start_block: First block that evolves, at least 1. None for a third of the depth, rounded: 4 of 12 blocks. In
+            'similarity' for a quarter, 3 of 12, or for 1 if `keep_ratio` has one number per block; in a LeViT, whose
+            blocks are counted through the stages, for 2.
         stage_depth: Blocks per segment of a ViT, for selection='stage'. None for half of the blocks that evolve,
             rounded up: two segments of 4 for 12 blocks. Each stage of a LeViT is a segment.
         selection: 'similarity': tokens that are alike are averaged, for weights that were trained without token

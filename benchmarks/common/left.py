@@ -1,12 +1,11 @@
-""" What is left of the outputs of a dense model in one that runs its weights with fewer tokens """
-from collections.abc import Callable, Iterator
+""" What a model that runs the weights of a dense one with fewer tokens keeps of its outputs """
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, normalize
-from torch.utils.data import DataLoader
+from torch.nn.functional import cosine_similarity, kl_div, nll_loss, normalize
 
 from .saliency import Decoder
 
@@ -52,8 +51,11 @@ class Features:
     def batches(self, noise: Tensor | None = None) -> Iterator[Tensor]:
         """Photos as models take them (B, 3, H, W), with noise in grey levels (N, 3, H, W) added, if any is given."""
         photos = self.photos if noise is None else (self.photos + noise).clamp(0, 255)
-        for part in photos.split(self.batch_size):
-            yield (part.to(self.device) / 255 - self.mean) / self.std
+        yield from map(self.prepare, photos.split(self.batch_size))
+
+    def prepare(self, photos: Tensor) -> Tensor:
+        """Bytes (B, 3, H, W) as models take them."""
+        return (photos.to(self.device) / 255 - self.mean) / self.std
 
     def _map(self, tokens: Tensor) -> Tensor:
         maps = self.decoder(tokens, self.photos.shape[2]).flatten(1)
@@ -112,40 +114,62 @@ class Features:
 
 
 class Classes:
-    """What is left of a classifier: its top-1, and how often it decides as the dense model does, in percent.
+    """How many images a classifier gets right, and how near its predictions are to those of the dense model.
+
+    Shares are in percent, loss and Kullback-Leibler divergence in nats.
 
     Args:
         dense: The dense model.
-        loader: Images and labels, in the same order each time.
+        batches: Images and labels, in the same order each time.
+        is_unseen: Which images nothing was chosen on (N,); the divergence of these is a column of its own.
     """
-    COLUMNS = {'top1': 'top-1', 'agreement': 'as dense'}
+    COLUMNS = {
+        'top1': 'top-1', 'top5': 'top-5', 'loss': 'loss', 'changed': 'other classes than dense', 'kl': 'KL to dense',
+        'kl_unseen': 'KL, unseen'}
     FORMAT = '.2f'
 
-    def __init__(self, dense: VisionTransformer, loader: DataLoader) -> None:
-        self.dense, self.loader = dense, loader
+    def __init__(
+            self,
+            dense: VisionTransformer,
+            batches: Collection[tuple[Tensor, Tensor]],
+            is_unseen: Tensor | None = None,
+    ) -> None:
+        self.dense, self.batches, self.is_unseen = dense, batches, is_unseen
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.batches)
 
     @torch.inference_mode()
-    def _decide(self, model: nn.Module, report: Callable[[], None]) -> tuple[Tensor, Tensor]:
-        """Decisions and labels (N,) each."""
-        decisions, labels = [], []
-        for images, targets in self.loader:
-            decisions.append(model(images).argmax(dim=1))
+    def _predict(self, model: nn.Module, report: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (N, num_classes) and labels (N,)."""
+        logits, labels = [], []
+        for images, targets in self.batches:
+            logits.append(model(images).float())
             labels.append(targets)
             report()
-        return torch.cat(decisions), torch.cat(labels)
+        return torch.cat(logits).log_softmax(dim=1), torch.cat(labels)
 
     def measure_dense(self, report: Callable[[], None]) -> dict[str, float]:
-        """Keep what the dense model decides."""
-        self.decisions, labels = self._decide(self.dense, report)
-        return {'top1': 100 * (self.decisions == labels).float().mean().item(), 'agreement': 100.}
+        """Keep what the dense model predicts."""
+        self.log_probs, labels = self._predict(self.dense, report)
+        return self._compare(self.log_probs, labels)
 
     def measure(self, model: nn.Module, has_grid: bool, report: Callable[[], None]) -> dict[str, float]:
-        """What is left, by the names in `COLUMNS`, after `measure_dense`."""
-        decisions, labels = self._decide(model, report)
-        return {
-            'top1': 100 * (decisions == labels).float().mean().item(),
-            'agreement': 100 * (decisions == self.decisions).float().mean().item(),
+        """What is kept, by the names in `COLUMNS`, after `measure_dense`."""
+        return self._compare(*self._predict(model, report))
+
+    def _compare(self, log_probs: Tensor, labels: Tensor) -> dict[str, float]:
+        def percent(is_so: Tensor) -> float:
+            return 100 * is_so.double().mean().item()
+
+        ranked = log_probs.topk(min(5, log_probs.shape[1]), dim=1)[1]
+        divergence = kl_div(log_probs, self.log_probs, log_target=True, reduction='none').sum(dim=1)
+        result = {
+            'top1': percent(ranked[:, 0] == labels),
+            'top5': percent((ranked == labels.unsqueeze(1)).any(dim=1)),
+            'loss': nll_loss(log_probs, labels).item(),
+            'changed': percent(ranked[:, 0] != self.log_probs.argmax(dim=1)),
+            'kl': divergence.mean().item(),
         }
+        return result if self.is_unseen is None else {
+            **result, 'kl_unseen': divergence[self.is_unseen].mean().item()}

@@ -1,0 +1,1 @@
+""" Settings of similarity that are fitted to a model, to images and to a machine """

@@ -1,0 +1,58 @@
+""" Images of a folder, prepared as timm does for a model """
+from pathlib import Path
+from typing import Any
+
+import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
+import torch
+from huggingface_hub.utils import tqdm
+from timm.data import ImageDataset, create_transform, resolve_data_config
+from torch import Tensor, nn
+
+from ..errors import reason
+from ..models.base import find_evolved
+
+__all__ = ['load_images']
+
+
+def load_images(folder: Path, model: nn.Module, num_images: int) -> tuple[Tensor, Tensor | None]:
+    """Images (N, C, H, W) of a folder and its subfolders, evenly spread over them in the order of their names.
+
+    Args:
+        folder: Where they are.
+        model: What they are prepared for.
+        num_images: How many at most.
+
+    Returns:
+        Images.
+        Their classes (N,), if there is a folder for each class of the model.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: There are no images in it, or one cannot be read.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f'--images {folder}: there is no such folder.')
+    if num_images < 1:
+        raise ValueError(f'--num-images {num_images} is not allowed, it must be at least 1.')
+    config = resolve_data_config({}, model=model)
+    embed: Any = getattr(find_evolved(model)[1] or model, 'patch_embed', None)
+    if getattr(embed, 'img_size', None) is not None:
+        config['input_size'] = (config['input_size'][0], *embed.img_size)
+    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    try:
+        dataset = ImageDataset(str(folder), transform=create_transform(**{key: config[key] for key in keys}))
+    except RuntimeError as error:
+        raise ValueError(f'--images {folder}: {reason(error)}') from error
+    number = min(num_images, len(dataset))
+    chosen = [i * len(dataset) // number for i in range(number)]
+    images, labels = [], []
+    for i in tqdm(chosen, desc='images', unit='image'):
+        try:
+            image, label = dataset[i]
+        except OSError as error:
+            raise ValueError(f'{dataset.filename(i, absolute=True)} is no image. {reason(error)}') from error
+        images.append(image)
+        labels.append(label)
+    reader: Any = dataset.reader
+    has_labels = len(reader.class_to_idx) == getattr(model, 'num_classes', 0) > 1
+    return torch.stack(images), torch.tensor(labels) if has_labels else None

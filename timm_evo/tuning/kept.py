@@ -1,0 +1,68 @@
+""" How much of what a dense model returns a faster one keeps """
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ['Kept', 'Reference']
+
+
+class Kept(NamedTuple):
+    """How near the outputs of a model are to those of the dense one.
+
+    Attributes:
+        loss: What a search makes small: mean Kullback-Leibler divergence of the predicted classes from the dense ones,
+            in nats; for a backbone one minus `agreement`.
+        agreement: Share of the images that get the same class; for a backbone the mean cosine of its features, after
+            the mean of the dense features was subtracted.
+        error: Standard error of `agreement`, as it would be for other images of the same kind.
+        top1: Share of the images that get their label, if there are labels.
+    """
+    loss: float
+    agreement: float
+    error: float
+    top1: float | None
+
+
+class Reference:
+    """What the dense model returns, to compare outputs of other models with.
+
+    Args:
+        outputs: Logits (N, num_classes), or features (N, ..., C) of a backbone.
+        is_classifier: Whether they are logits.
+        labels: Classes (N,), if they are known.
+    """
+
+    def __init__(self, outputs: Tensor, is_classifier: bool, labels: Tensor | None) -> None:
+        outputs = outputs.double()
+        if is_classifier:
+            self._log_probs = outputs.log_softmax(dim=1)
+        else:
+            self._mean = outputs.flatten(0, -2).mean(dim=0)
+            self._features = outputs - self._mean
+        self.is_classifier = is_classifier
+        self._labels = labels
+
+    def compare(self, outputs: Tensor, first: int, step: int) -> Kept:
+        """Compare outputs for every `step`-th image from `first` on, in the form of those of the dense model."""
+        outputs = outputs.double()
+        if not self.is_classifier:
+            cosines = F.cosine_similarity(outputs - self._mean, self._features[first::step], dim=-1)
+            cosines = cosines.flatten(1).mean(dim=1) if cosines.dim() > 1 else cosines
+            mean = cosines.mean().item()
+            return Kept(1 - mean, mean, (cosines.std() / math.sqrt(len(cosines))).item(), None)
+        dense = self._log_probs[first::step]
+        loss = F.kl_div(outputs.log_softmax(dim=1), dense, log_target=True, reduction='batchmean').item()
+        classes = outputs.argmax(dim=1)
+        num_same, num = int((classes == dense.argmax(dim=1)).sum()), len(classes)
+        # Agresti and Coull's share, because that of all images has an error, too
+        share = (num_same + 2) / (num + 4)
+        error = math.sqrt(share * (1 - share) / (num + 4))
+        top1 = None if self._labels is None else _share(classes == self._labels[first::step])
+        return Kept(loss, num_same / num, error, top1)
+
+
+def _share(is_right: Tensor) -> float:
+    return is_right.to(torch.float64).mean().item()

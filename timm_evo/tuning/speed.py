@@ -1,0 +1,55 @@
+""" How fast models run beside a dense one """
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark.utils.timer import timer  # waits for a GPU
+
+__all__ = ['measure_speedups']
+
+_SECONDS = 0.02  # of one measurement at least, which takes several calls if one is faster
+
+
+def measure_speedups(
+        dense: nn.Module,
+        models: Sequence[nn.Module],
+        images: Tensor,
+        rounds: int,
+        report: Callable[[], object],
+) -> list[float]:
+    """Speed-up of each model over the dense one.
+
+    All run in turn, round by round, so that what else the machine does meets all of them; a speed-up is the median over
+    the rounds.
+
+    Args:
+        dense: The dense model.
+        models: Models that take the same images.
+        images: One batch (B, C, H, W).
+        rounds: Number of rounds.
+        report: Called after each measurement, and once per model after its first calls.
+    """
+    ratios: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        num_calls = 1
+        for model in (dense, *models):
+            model(images)  # which may compile it
+            model(images)
+            start = timer()
+            model(images)
+            num_calls = max(num_calls, round(_SECONDS / max(timer() - start, 1e-6)))
+            report()
+        for _ in range(rounds):
+            dense_seconds = _measure(dense, images, num_calls)
+            for model, of_model in zip(models, ratios, strict=True):
+                of_model.append(dense_seconds / _measure(model, images, num_calls))
+                report()
+    return [statistics.median(of_model) for of_model in ratios]
+
+
+def _measure(model: nn.Module, images: Tensor, num_calls: int) -> float:
+    start = timer()
+    for _ in range(num_calls):
+        model(images)
+    return timer() - start
