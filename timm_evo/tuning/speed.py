@@ -20,8 +20,8 @@ def measure_speedups(
 ) -> list[float]:
     """Speed-up of each model over the dense one.
 
-    All run in turn, round by round, so that what else the machine does meets all of them; a speed-up is the median over
-    the rounds.
+    Each measurement of a model is compared with one of the dense model right before it, so that what else the machine
+    does meets both; a speed-up is the median over the rounds.
 
     Args:
         dense: The dense model.
@@ -41,8 +41,8 @@ def measure_speedups(
             num_calls = max(num_calls, round(_SECONDS / max(timer() - start, 1e-6)))
             report()
         for _ in range(rounds):
-            dense_seconds = _measure(dense, images, num_calls)
             for model, of_model in zip(models, ratios, strict=True):
+                dense_seconds = _measure(dense, images, num_calls)
                 of_model.append(dense_seconds / _measure(model, images, num_calls))
                 report()
     return [statistics.median(of_model) for of_model in ratios]

@@ -30,7 +30,9 @@ _MOST_SCHEDULES = 48  # that a search tries
 _ROUNDS = 9  # in which speed is measured
 _FINAL_ROUNDS = 21  # of one schedule
 _GAIN = 1.02  # a smaller speed-up is none
-_MISSED = 0.99  # a speed-up of less than this share of the wish has missed it
+_MISSED = 0.98  # a speed-up of less than this share of the wish has missed it
+_PASSED = 1.03  # and of more than this gives away some of what could be kept
+_MOST_STEPS = 4  # from a schedule that misses a speed-up to one of another cost
 
 Batch = Tensor | tuple[Tensor, Tensor] | list[Tensor]
 
@@ -221,20 +223,26 @@ class _Tuning:
             return self._none(
                 f'Nothing meets {wish:g} x: the fastest keep ratio measured has {max(speedups):.2f} x.', rows)
         # Times are a line over the costs but for noise, which a line through all of them has least of.
-        times = [1., *(1 / found for found in speedups)]
-        costs = [self._space.cost([1.] * self._space.depth), *costs]
-        slope, offset = _fit_line(costs, times)
-        cost = min(max((1 / wish - offset) / slope, min(costs)), max(costs))
+        dense = self._space.cost([1.] * self._space.depth)
+        slope, offset = _fit_line([dense, *costs], [1., *(1 / found for found in speedups)])
+        if slope <= 0:
+            return self._none('Measured times do not grow with the cost: something else keeps the machine busy.', rows)
+
+        def possible(cost: float) -> float:
+            return min(max(cost, min(costs)), max(costs))
+
+        cost = possible((1 / wish - offset) / slope)
         shares = self._search(cost)
-        found = self._speedups([shares])[0]
-        for _ in range(2):
-            if found < _MISSED * wish:
-                cost = max(cost - (1 / found - 1 / wish) / slope, min(costs))
-                shares = self._space.shares_of(self._weights, cost) or shares
-                found = self._speedups([shares])[0]
-        if found >= _MISSED * wish:
-            return self._found(shares, rows, f'{wish:g} x', found)
-        return self._none(f'Nothing meets {wish:g} x: the nearest schedule has {found:.2f} x.', rows)
+        tried = [(self._speedups([shares])[0], shares)]
+        while len(tried) <= _MOST_STEPS and not _MISSED <= tried[-1][0] / wish <= _PASSED:
+            cost = possible(cost - (1 / tried[-1][0] - 1 / wish) / slope)
+            shares = self._space.shares_of(self._weights, cost) or shares
+            tried.append((self._speedups([shares])[0], shares))
+        met = [pair for pair in tried if pair[0] >= _MISSED * wish]
+        if not met:
+            return self._none(f'Nothing meets {wish:g} x: the nearest schedule has {max(tried)[0]:.2f} x.', rows)
+        found, shares = min(met)
+        return self._found(shares, rows, f'{wish:g} x', found)
 
     def _meet_agreement(self, wish: float, levels: list[float], searched: list[Kept], rows: list[Row]) -> Tuned:
         met = [level for level, kept in zip(levels, searched, strict=True) if kept.agreement >= wish]
