@@ -345,7 +345,7 @@ def test_a_saved_model_has_the_arguments_as_they_were_set(tmp_path):
 
 
 def test_a_model_that_would_be_dense_again_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match='evolve has made of test_vit would be loaded as dense'):
+    with pytest.raises(ValueError, match='would load this model as the dense test_vit'):
         hub.save(evolve(timm.create_model('test_vit')), tmp_path / 'model')
     assert not list(tmp_path.iterdir())
 
@@ -354,8 +354,8 @@ def test_a_dense_model_is_not_saved_as_an_evolved_one(tmp_path):
     dense, evolved = (timm.create_model(name, img_size=48) for name in ('test_vit', 'evo_test_vit'))
     for model, message in {
         dense: "VisionTransformer is not evolved. timm's save_for_hf and push_to_hf_hub write a dense model",
-        nn.Sequential(evolved): 'Sequential is not evolved, it has an evolved model as `.0`: take that',
-        torch.compile(evolved): 'OptimizedModule is not evolved, it has an evolved model as `._orig_mod`: take that',
+        nn.Sequential(evolved): 'Sequential is not evolved, but its submodule `.0` is: use that one',
+        torch.compile(evolved): 'OptimizedModule is not evolved, but its submodule `._orig_mod` is: use that one',
     }.items():
         with pytest.raises(TypeError, match=message):
             hub.save(model, tmp_path / 'model')
