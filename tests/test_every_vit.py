@@ -425,11 +425,11 @@ def test_a_compiled_model_is_compiled_once_more():
 
 
 @pytest.mark.parametrize('name, reason', [
-    ('resnet18', 'ResNet cannot be evolved, it has no attention, and so no tokens to select'),
-    ('beit_base_patch16_224', 'Beit cannot be evolved, its attention has biases by relative position'),
+    ('resnet18', 'ResNet cannot be evolved, because it has no attention and no tokens to select'),
+    ('beit_base_patch16_224', 'Beit cannot be evolved, because its attention has biases by relative position'),
     ('vit_relpos_small_patch16_224', 'VisionTransformerRelPos cannot .* biases by relative position'),
     ('swin_tiny_patch4_window7_224', 'SwinTransformer cannot .* biases by relative position'),
-    ('naflexvit_base_patch16_gap', "NaFlexVit cannot be evolved, its forward pass is not that of timm's"),
+    ('naflexvit_base_patch16_gap', "NaFlexVit cannot be evolved, because its forward pass is not that of timm's"),
 ])
 def test_refused_by_name_with_the_reason(name, reason):
     model = timm.create_model(name)
@@ -441,10 +441,10 @@ def test_refused_by_name_with_the_reason(name, reason):
 
 
 def test_other_refusals():
-    with pytest.raises(TypeError, match='OwnForward cannot be evolved, its forward_features is its own'):
+    with pytest.raises(TypeError, match='OwnForward cannot be evolved, because it overrides forward_features'):
         evolve(OwnForward(**SMALL))
     model = evolve(VisionTransformer(**SMALL))
-    with pytest.raises(TypeError, match='EvoVisionTransformer is evolved already, its set_evolution'):
+    with pytest.raises(TypeError, match='EvoVisionTransformer is evolved already. Use its set_evolution'):
         evolve(model)
     with pytest.raises(TypeError, match='VisionTransformer is not evolved'):
         restore(restore(model))
@@ -460,7 +460,7 @@ def test_other_refusals():
     lambda model: timm.create_model('test_vit', features_only=True),
 ], ids=['compiled', 'parallel', 'features'])
 def test_a_wrapped_model_is_evolved_before(wrap):
-    with pytest.raises(TypeError, match='cannot be evolved, but the VisionTransformer in it can'):
+    with pytest.raises(TypeError, match='cannot be evolved, but its submodule .* can, a VisionTransformer'):
         evolve(wrap(VisionTransformer(**SMALL)))
 
 
