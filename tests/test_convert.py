@@ -238,8 +238,8 @@ def test_entries_that_are_missing_or_have_other_names(name, change, expected, tm
     (None, 'There is no checkpoint'),
     (b'', 'cannot be read as a checkpoint: it is damaged or another kind of file (EOFError).'),
     (b'hello garbage', 'cannot be read as a checkpoint'),
-    (b'PK\5\6' + bytes(18), 'is no checkpoint'),  # an empty zip file
-    (b'not a checkpoint at all', 'is no checkpoint'),
+    (b'PK\5\6' + bytes(18), 'is not a checkpoint'),  # an empty zip file
+    (b'not a checkpoint at all', 'is not a checkpoint'),
     ({'epoch': 3}, 'has no state dict'),
     ({'model': {}}, 'has no state dict'),
     ({'model': timm.create_model('test_vit').state_dict()}, 'This is not the state dict of an official Evo-ViT'),

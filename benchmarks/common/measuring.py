@@ -82,7 +82,7 @@ def with_twins(
         names: Evolved and dense models.
         img_size: Image size of all of them; their own if None.
         evolution_kwargs: Arguments of the evolved ones.
-        each: Each evolved model is also run with each of these arguments, which are in its label.
+        each: Each evolved model is run once with each of these further arguments, which are in its label.
     """
     shared = {} if img_size is None else {'img_size': img_size}
     evolutions = {
