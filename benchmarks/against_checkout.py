@@ -88,7 +88,7 @@ def format_table(rows: list[dict]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Speed of this state of the library beside that of another checkout.')
+    parser = argparse.ArgumentParser(description='Speed of this state of the library and of another checkout.')
     parser.add_argument('--checkout', type=Path, required=True, metavar='DIR', help='folder with the other state')
     parser.add_argument('--rounds', type=positive_int, default=21, metavar='N', help='timed rounds (default: 21)')
     parser.add_argument(

@@ -8,7 +8,7 @@ https://github.com/EliSchwartz/imagenet-sample-images:
 
 The next frame is the photo with noise of one grey level. With similarity, other tokens may be averaged in it, so the
 features of a patch change more than in the dense model: the table has the ratio. Rows without a final norm are for
-backbones of `features_only=True`, which compare the tokens as they are.
+backbones of `features_only=True`, which compare the tokens as they are. "published" is `selection='stage'`.
 """
 import argparse
 import copy

@@ -1,4 +1,4 @@
-""" Time and memory against image size and batch size, evolved models beside their dense twins
+""" Time and memory against image size and batch size, of evolved models and their dense twins
 
     python benchmarks/scaling.py --batch-sizes 1 16 --results benchmarks/results/scaling_cpu
 

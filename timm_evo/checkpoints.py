@@ -137,7 +137,7 @@ def load_official(
         file: The checkpoint, see `read_official`.
         model_name: An `evo_deit_*` or `evo_levit_cls_*` model of the same size.
         use_ema: Take the averaged weights.
-        **model_kwargs: Arguments of the model that differ from the settings of the published models.
+        **model_kwargs: Arguments of the model that differ from the settings of the authors' models.
 
     Returns:
         The model in evaluation mode, without the heads that are not used at inference.

@@ -184,7 +184,7 @@ def _register_twin(dense: str, family: _Family) -> None:
     """Register `evo_<dense>` with the weights of timm's `dense` model."""
     variant = f'evo_{dense}'
     cfgs = get_arch_pretrained_cfgs(dense)
-    # the paper's models select as published; the others are for weights that were trained without token evolution
+    # the paper's models select as in the paper; the others are for weights that were trained without token evolution
     defaults = {'selection': 'stage'} if dense.startswith('deit_') else {}
     _register(variant, dense, family, {name.replace(dense, variant): cfg for name, cfg in cfgs.items()}, **defaults)
 
