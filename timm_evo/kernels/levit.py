@@ -150,8 +150,8 @@ def levit_attention(
         index: Entry of `biases` for each query and key of the whole grid (N or M, N).
         positions: Positions of the tokens present (B, K), without a representative one, which has no bias; None if
             these are the whole grid, in its order.
-        num_scored: Number K of first tokens that get scores; 0 for no scores.
-        num_paying: Number of first queries whose attention counts in the scores.
+        num_scored: Number K of tokens, from the first, that get scores; 0 for no scores.
+        num_paying: Number of queries, from the first, whose attention counts in the scores.
 
     Returns:
         Output of the attention, with the heads concatenated (B, Q, H * v).

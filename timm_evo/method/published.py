@@ -176,7 +176,7 @@ class ByClassAttention(Selector):
     def whole(self, x: Tensor) -> Tensor:
         if self._begun is None or self.present is None:
             return x
-        if self._place is None or is_differentiated(x):  # a block that is trained can follow frozen ones
+        if self._place is None or is_differentiated(x):  # kernels may have selected, but a later block is trained
             return follow(self._begun[0], x, self.present, self._representative)
         return launch('follow', self._begun[0], x, self._place, self._entered, self.present.shape[1])
 

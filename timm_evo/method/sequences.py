@@ -33,7 +33,7 @@ def count_slow(keep_ratio: float, num_patches: int) -> int:
         ValueError: No patch token would be on the slow path.
     """
     product = keep_ratio * num_patches
-    # a symbol remains one, so that an export can leave the image size dynamic
+    # `sym_int` keeps a symbol, so that an export can leave the image size dynamic
     num_slow = int(product) if isinstance(product, float) else torch.sym_int(product)
     if num_slow < 1:
         raise ValueError(

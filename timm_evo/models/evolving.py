@@ -1,4 +1,4 @@
-""" Giving evolution to a dense model """
+""" Adding evolution to a dense model """
 from typing import Any, cast
 
 from timm.models.deit import VisionTransformerDistilled
@@ -15,7 +15,7 @@ from .classes import attribute_names, change_class, combined_class
 
 __all__ = ['check_arguments', 'evolved_class', 'give_evolution']
 
-# Evolution classes that are put before a class of timm, or a subclass, with any head.
+# Evolution classes for any head; in the bases of an evolved class they come before timm's class or its subclass.
 _EVOLUTIONS: dict[type[nn.Module], type[EvolvedModel]] = {
     VisionTransformer: vision_transformer.VisionTransformerEvolution,
     Eva: eva.EvaEvolution,
@@ -48,7 +48,7 @@ def check_arguments(evolved_cls: type[EvolvedModel], arguments: dict[str, Any]) 
 
 
 def give_evolution(model: nn.Module, evolved_cls: type[EvolvedModel], config: EvolutionConfig) -> EvolvedModel:
-    """Give token evolution to a dense timm model of this `evolved_class`, in place, see `timm_evo.evolve`."""
+    """Add token evolution to a dense timm model, in place, see `timm_evo.evolve` and `evolved_class`."""
     dense = attribute_names(model)
     change_class(model, lambda dense_cls: evolved_cls)
     model = cast(EvolvedModel, model)

@@ -65,7 +65,7 @@ class LevitEvolution(EvolvedModel):
         dense = attribute_names(self)
         attentions = self._attentions()
         self._depths = [len(stage.blocks) for stage in self.stages]  # also of stages that pruning removes
-        self._num_patches = [attn.attention_bias_idxs.shape[1] for attn in attentions]  # that each of them selects from
+        self._num_patches = [attn.attention_bias_idxs.shape[1] for attn in attentions]  # each selects from so many
         config = self._resolve(config)
         schedule = self._make_schedule(config)
         self.num_prefix_tokens = 1 if config.class_token else 0

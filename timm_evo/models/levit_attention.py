@@ -149,7 +149,7 @@ class ScoringAttention(_DenseAttention):
     has_kernels = True
 
     def init_evolution(self, tradeoff: float, learn_tradeoff: bool, class_token: bool) -> None:
-        """Set up a dense attention.
+        """Set up evolution in a dense attention.
 
         Args:
             tradeoff: alpha.
@@ -307,7 +307,7 @@ class EvoAttentionDownsample(  # pyright: ignore[reportIncompatibleMethodOverrid
         resolution: tuple[int, int]
 
     def init_evolution(self, tradeoff: float, learn_tradeoff: bool, class_token: bool) -> None:
-        """Set up a dense attention, see `ScoringAttention`."""
+        """Set up evolution in a dense attention, see `ScoringAttention`."""
         num_patches = self.attention_bias_idxs.shape[1]
         super().init_evolution(tradeoff, learn_tradeoff, class_token)
         self.pos_embed = None

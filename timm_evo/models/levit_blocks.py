@@ -75,7 +75,7 @@ class EvoLevitStage(LevitStage):
         selector.record = self._record
         biases: list[Tensor] | None = None  # of the blocks of the segment
         positions: Tensor | None = None  # instead of biases where kernels run
-        first = 0  # of these blocks
+        first = 0  # the first of these blocks
         for i, block in enumerate(self.blocks):
             x = selector.enter(i, x)
             if self.schedule.begins[i]:

@@ -1,4 +1,4 @@
-""" The last block, for no more tokens than the head reads
+""" The last block, computed only for the tokens that the head reads
 
 A head on the class token reads no other token after the last block. There, the other tokens are needed for keys and
 values, but they need no update: attention has one query, and projection and MLP have one token. The projections of keys

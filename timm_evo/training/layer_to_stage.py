@@ -143,14 +143,14 @@ class LayerToStage(_Module):
     """Layer-wise selection until a number of optimizer updates have been made, stage-wise from then on.
 
     `layerwise_class` puts it before an evolved class in the bases. The count is a buffer, `num_updates`, so that
-    checkpoints, averaged copies and all ranks have it. Models without layer-wise updates do not have the buffer; a
-    model loads state dicts with it and without it strictly.
+    checkpoints, averaged copies and all ranks have it. Models without layer-wise updates do not have the buffer. State
+    dicts with and without it both load strictly.
 
     Attributes:
         num_updates: The count; None if no updates are layer-wise.
     """
     def _start_schedule(self, schedule: Schedule) -> None:
-        """Use a stage-wise schedule, after `layerwise_updates` with a layer-wise one. An existing count continues."""
+        """Use a stage-wise schedule, but a layer-wise one for the first updates. An existing count continues."""
         updates = self.evolution_config.layerwise_updates
         self._stagewise = schedule
         self._layerwise = make_layerwise(schedule) if updates else schedule
