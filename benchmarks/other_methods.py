@@ -145,7 +145,7 @@ def draw(variants: list[Variant], summary: dict[str, dict], title: str) -> Figur
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Speed of token evolution and of other methods in their authors' code.")
+    parser = argparse.ArgumentParser(description="Speed of token evolution and other methods, in their authors' code.")
     for option, (label, _) in METHODS.items():
         parser.add_argument(
             f'--{option.replace("_", "-")}', type=clone, metavar='FOLDER', help=f'clone of the repository: {label}')
