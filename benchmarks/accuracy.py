@@ -1,12 +1,12 @@
 """ Accuracy and speed of models trained by timm's train.py with one recipe
 
-Trains every variant of a recipe with every seed, one after the other, with timm's unchanged train.py, then measures
-the throughput of all variants in turn, as `throughput.py` does:
+Trains every variant of a recipe with every seed, one after the other, with timm's unchanged train.py. Then it measures
+the throughput of all variants in turn, as in `throughput.py`:
 
     TIMM_SCRIPTS=~/pytorch-image-models python benchmarks/accuracy.py --recipe benchmarks/recipes/cifar10.yaml \
         --data-dir cifar10 --output output/cifar10 --results benchmarks/results/cifar10
 
-The same command goes on where it was interrupted. A table, a plot and a JSON file are written after each training.
+The same command continues an interrupted run. A table, a plot and a JSON file are written after each training.
 """
 import argparse
 import fcntl
@@ -34,13 +34,13 @@ MAX_WORKERS = 16
 
 
 def lock_folder(folder: Path) -> IO:
-    """Refuse a folder that is in use. train.py holds the lock, too, and may live longer than this process."""
+    """Lock a folder, or exit if it is in use. train.py holds the lock, too, and may run longer than this process."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / 'lock', 'w')
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SystemExit(f'--output: another process, perhaps a train.py that was left over, uses {folder}') from None
+        raise SystemExit(f'--output: another process uses {folder}, perhaps a train.py of an earlier run') from None
     return lock
 
 
@@ -63,7 +63,7 @@ def link_images(data_dir: Path, split: str, target: Path, per_class: int | None)
 
 
 def prepare_images(args: argparse.Namespace) -> tuple[dict, dict]:
-    """The images to use, as options of train.py, and what the results say about them."""
+    """Options of train.py for the images, and the description of the images for the results."""
     split = find_validation_split(args.data_dir)
     folder = args.output / 'images'
     shutil.rmtree(folder, ignore_errors=True)  # the links may be old
@@ -78,7 +78,7 @@ def prepare_images(args: argparse.Namespace) -> tuple[dict, dict]:
 
 
 def plan_trainings(entries: list[Entry], script: Path, images: dict, runs: Path) -> list[Training]:
-    """All trainings, the first seed of each variant before the second of any."""
+    """All trainings; the first seed of all variants comes before the second seed."""
     trainings = []
     for entry in entries:
         num_epochs, num_updates = entry.count(script, images['train_images'])
@@ -96,7 +96,7 @@ def train_all(
         lock: IO,
         write: Callable[[], None],
 ) -> None:
-    """Run what is not finished yet, one after the other, and call `write` after each."""
+    """Run the unfinished trainings, one after the other, and call `write` after each."""
     total = sum(training.num_epochs for training in trainings)
     done = sum(training.epochs_done() for training in trainings)
     with tqdm(total=total, initial=done, unit='epoch') as progress:
@@ -118,7 +118,7 @@ def train_all(
 
 
 def make_variants(entries: list[Entry], script: Path) -> list[Variant]:
-    """What is measured of each entry: the model as it is after training, beside the dense one with the same head."""
+    """The model of each entry as it is after training, to be compared with the dense one with the same head."""
     models = {}
     for entry in entries:
         args = parse_options(script, entry.options)
@@ -130,7 +130,7 @@ def make_variants(entries: list[Entry], script: Path) -> list[Variant]:
         model, kwargs = models[label]
         for other, (other_model, other_kwargs) in models.items():
             same_head = other_kwargs.get('global_pool') == kwargs.get('global_pool')
-            # the evolved one has arguments of evolution besides
+            # the evolved one also has arguments of evolution
             if other_model == dense_twin(model) and same_head and other_kwargs.items() <= kwargs.items():
                 return other
         return label
@@ -141,7 +141,7 @@ def make_variants(entries: list[Entry], script: Path) -> list[Variant]:
 def measure_throughput(entries: list[Entry], variants: list[Variant], settings: dict) -> dict[str, dict]:
     """Inference and training of all variants, as `throughput.summarise` gives them.
 
-    Where selection is layer-wise first, both phases of training are measured, and weighted with their shares.
+    If selection is first layer-wise, both phases of training are measured, and weighted by their shares.
     """
     arguments = dict(
         device=torch.device(settings['device']),
@@ -169,7 +169,7 @@ def measure_throughput(entries: list[Entry], variants: list[Variant], settings: 
 
 
 def collect(trainings: list[Training], variants: list[Variant], throughput: dict[str, dict]) -> dict[str, dict]:
-    """Results of each variant that has a finished training."""
+    """Results of each variant with a finished training."""
     collected = {}
     for variant in variants:
         finished = [training for training in trainings if training.label == variant.label and training.is_finished()]
@@ -270,8 +270,8 @@ def parse_args() -> argparse.Namespace:
     add_results(parser)
     add_device(parser)
     parser.add_argument('--variants', nargs='+', metavar='LABEL', help='only these (default: all of the recipe)')
-    parser.add_argument('--seeds', nargs='+', type=int, metavar='N', help="instead of the recipe's")
-    parser.add_argument('--epochs', type=positive_int, metavar='N', help="instead of the recipe's")
+    parser.add_argument('--seeds', nargs='+', type=int, metavar='N', help="seeds instead of the recipe's")
+    parser.add_argument('--epochs', type=positive_int, metavar='N', help="epochs instead of the recipe's")
     parser.add_argument(
         '--images-per-class', type=positive_int, metavar='N', help='train on the first N of each class (default: all)')
     parser.add_argument(
@@ -285,8 +285,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'--recipe: there is no file {args.recipe}')
     if args.scripts is None or not (args.scripts / 'train.py').is_file():
         where = f'there is no train.py in {args.scripts}' if args.scripts else 'neither it nor TIMM_SCRIPTS is set'
-        parser.error(f"--scripts: {where}, it must name the folder with train.py of timm's repository")
-    args.output = args.output.resolve()  # train.py and the links get whole paths
+        parser.error(f"--scripts: {where}. It must be the folder with train.py of timm's repository.")
+    args.output = args.output.resolve()  # train.py and the links need absolute paths
     return args
 
 
@@ -303,11 +303,11 @@ def choose_entries(args: argparse.Namespace) -> list[Entry]:
 
 def main() -> None:
     args = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that train.py is ended, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that train.py ends, too
     entries = choose_entries(args)
     lock = lock_folder(args.output)
     script = args.output / 'train.py'
-    shutil.copy(args.scripts / 'train.py', script)  # a copy, because a script imports the `timm` that lies beside it
+    shutil.copy(args.scripts / 'train.py', script)  # a copy, because a script imports the `timm` in its own folder
     places, images = prepare_images(args)
     trainings = plan_trainings(entries, script, images, args.output / 'runs')
     for training in trainings:
@@ -337,7 +337,7 @@ def main() -> None:
     try:
         train_all(trainings, script, places, lock, lambda: write({}))
     except KeyboardInterrupt:
-        raise SystemExit('\ninterrupted; the same command goes on from here') from None
+        raise SystemExit('\ninterrupted; the same command continues from here') from None
     print(f'\n{write(measure_throughput(entries, variants, settings))}')
 
 

@@ -1,10 +1,10 @@
-""" This state of the library against another one, such as the one before a change
+""" Speed of this state of the library compared with another state, such as the one before a change
 
     git clone . ../before && git -C ../before checkout COMMIT
     python benchmarks/against_checkout.py --checkout ../before --results benchmarks/results/against_checkout_cpu
 
-The other state is imported from its folder under another name, so both run in one process, batch by batch in turn,
-beside timm's dense model. Results are written after each setting.
+The other state is imported from its folder under another name, so that both and timm's dense model run in one process,
+batch by batch in turn. Results are written after each setting.
 """
 import argparse
 import importlib
@@ -30,7 +30,7 @@ DINO = 'vit_small_patch16_dinov3'
 LEVITS = ['levit_128s', 'levit_256']
 MODELS = [*((name, selection) for name in (*DEITS, DINO) for selection in ('similarity', 'stage')),
           *((name, 'stage') for name in LEVITS)]
-FEW = [(DEITS[0], 'similarity'), (DEITS[0], 'stage'), (DINO, 'similarity'), (LEVITS[0], 'stage')]  # that compile soon
+FEW = [(DEITS[0], 'similarity'), (DEITS[0], 'stage'), (DINO, 'similarity'), (LEVITS[0], 'stage')]  # they compile fast
 # models and selections, batch size, and how they run
 SETTINGS = [
     *((MODELS, batch_size, {}) for batch_size in (1, 16)),
@@ -47,7 +47,7 @@ def import_before(checkout: Path) -> None:
 
 
 def build_before(dense: str, selection: str) -> nn.Module:
-    # where `evolve` stood, newest first
+    # modules that have had `evolve`, newest first
     for name in ('api', 'instances', 'vision_transformer'):
         if (Path(sys.modules[BEFORE].__path__[0]) / f'{name}.py').exists():
             evolve = importlib.import_module(f'{BEFORE}.{name}').evolve
@@ -88,11 +88,11 @@ def format_table(rows: list[dict]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Speed of this state of the library beside that of another checkout.')
+    parser = argparse.ArgumentParser(description='Speed of this state of the library and of another checkout.')
     parser.add_argument('--checkout', type=Path, required=True, metavar='DIR', help='folder with the other state')
     parser.add_argument('--rounds', type=positive_int, default=21, metavar='N', help='timed rounds (default: 21)')
     parser.add_argument(
-        '--only', default='', metavar='TEXT', help='settings that have this in their description, such as "batch 1,"')
+        '--only', default='', metavar='TEXT', help='only settings whose description has this text, such as "batch 1,"')
     add_device(parser)
     add_results(parser, ('.json', '.md'))
     args = parser.parse_args()

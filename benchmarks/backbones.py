@@ -1,14 +1,14 @@
-""" What a frozen backbone gives for each patch: how near it is to the dense one, and how it moves from frame to frame
+""" Patch features of a frozen backbone: their similarity to the dense ones, and their change from frame to frame
 
-DINOv2's ViT-S/14, in the file that `common/saliency.py` says how to get, on photos of
+DINOv2's ViT-S/14, from the file that `common/saliency.py` describes, on photos of
 https://github.com/EliSchwartz/imagenet-sample-images:
 
     python benchmarks/backbones.py --features vit_s_focus.onnx --photos imagenet-sample-images --num-images 100 \
         --results benchmarks/results/backbones_cpu
 
-A frame that follows is the photo with noise of one grey level. By similarity, which tokens are averaged may change with
-it, so the features of a patch move more than in the dense model: the table has how many times as much. Rows without a
-final norm are what backbones of `features_only=True` compute, which compare the tokens as they are.
+The next frame is the photo with noise of one grey level. With similarity, other tokens may be averaged in it, so the
+features of a patch change more than in the dense model: the table has the ratio. Rows without a final norm are for
+backbones of `features_only=True`, which compare the tokens as they are. "published" is `selection='stage'`.
 """
 import argparse
 import copy
@@ -32,7 +32,7 @@ COLUMNS = ('patch_tokens', 'saliency', 'motion')
 
 
 class Backbone(nn.Module):
-    """An evolved model that compares its tokens as they are, as one without a final norm; the norm comes behind."""
+    """An evolved model that compares its tokens as they are, as without a final norm; the norm follows the model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def find_models(dense: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.inference_mode()
 def motion(model: nn.Module, features: Features, noise: Tensor) -> Tensor:
-    """How far the patch tokens of each photo are from those of the next frame, of the same photo with noise (B,)."""
+    """Distance of the patch tokens of each photo from those of the next frame, the same photo with noise (B,)."""
     distances = []
     for images, frame in zip(features.batches(), features.batches(noise), strict=True):
         moved = model.forward_features(frame) - model.forward_features(images)

@@ -1,8 +1,7 @@
-""" examples/embed_images.py beside a plain loop: the time of both, and the memory of all its processes
+""" Time and memory of examples/embed_images.py, compared with a plain loop
 
-Both take one thread for the model and one process that decodes, so two cores. Rounds alternate. Times are those of all,
-with what starts Ray. Throughput is that of a plain loop, and of Ray between the first file that is written and the last
-one, which leaves its start out. Memory is that in between, too.
+Both use two cores: one thread for the model and one process that decodes. Rounds alternate. Times include the start of
+Ray. Throughput and memory of Ray are measured between its first and its last output file, so without its start.
 
     python benchmarks/embed_images.py --data cifar/test --images 10000 --results results/embed_images_cpu
 """
@@ -25,7 +24,7 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils import ParseKwargs
 from torch.utils.data import DataLoader
 
-CORES = 2  # that each takes
+CORES = 2  # of each
 SCRIPT = Path(__file__).parents[1] / 'examples' / 'embed_images.py'
 
 
@@ -60,7 +59,7 @@ def run_ray(args: argparse.Namespace, folder: Path, output: Path) -> dict[str, f
         memory.append((time.time(), sum(each.rss for each in used), sum(each.rss - each.shared for each in used)))
         time.sleep(0.5)
     seconds = time.time() - begin
-    assert process.returncode == 0, 'it failed: run it alone to see why'
+    assert process.returncode == 0, 'examples/embed_images.py failed: run it alone to see why'
     files = sorted((file.stat().st_mtime, pq.read_metadata(file).num_rows) for file in output.glob('features/*'))
     assert sum(rows for _, rows in files) == args.images
     first, last = files[0][0], files[-1][0]
@@ -77,17 +76,17 @@ def run_ray(args: argparse.Namespace, folder: Path, output: Path) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--data', required=True, help='a folder of images')
-    parser.add_argument('--images', type=int, default=600, help='that many of them')
+    parser.add_argument('--images', type=int, default=600, help='number of images')
     parser.add_argument('--model', default='evo_deit_tiny_patch16_224', help='a model of timm')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
     parser.add_argument('--batch-size', type=int, default=32, help='of both')
-    parser.add_argument('--rounds', type=int, default=3, help='of each, in turn')
+    parser.add_argument('--rounds', type=int, default=3, help='rounds of each, in turn')
     parser.add_argument('--results', type=Path, metavar='PREFIX', help='write PREFIX.json and PREFIX.md')
     args = parser.parse_args()
     found = [file for file, _ in find_images_and_targets(args.data)[0]]
     if len(found) < args.images:
         parser.error(f'--images must be at most the {len(found)} of {args.data}, not {args.images}')
-    if args.images <= args.batch_size:  # a file has a batch, and throughput is taken between files
+    if args.images <= args.batch_size:  # a file has one batch, and throughput is measured between files
         parser.error(f'--images must be more than --batch-size {args.batch_size}, not {args.images}')
     torch.set_num_threads(1)
     measured: dict[str, list[dict]] = {'plain loop': [], 'Ray Data': []}

@@ -1,15 +1,15 @@
-""" What is left of a classifier's explanations: Grad-CAM and attention rollout of evolved models, beside the dense one
+""" How much a classifier's explanations change: Grad-CAM and attention rollout of evolved models and of the dense one
 
-Both come of hooks, whose values `timm_evo.whole_grid` brings back to the grid. Grad-CAM is of the last block's first
-norm and of the class that the dense model decides for; attention rollout is of all blocks, (A + I) / 2 of the mean over
-heads. What is left is the correlation with the dense model's map of the same photo, over the grid of patches.
+Both use hooks, whose values `timm_evo.whole_grid` brings back to the grid. Grad-CAM uses the last block's first norm
+and the class that the dense model predicts. Attention rollout uses all blocks, as (A + I) / 2 of the mean over heads.
+The result is the correlation with the dense model's map of the same photo, over the grid of patches.
 
 With photos of https://github.com/EliSchwartz/imagenet-sample-images, and timm's pretrained weights or a checkpoint:
 
     python benchmarks/explained.py --weights deit_tiny.safetensors --photos imagenet-sample-images --num-images 240 \
         --results benchmarks/results/explained_cpu
 
-Every 25th photo, beginning with the first by name, is left out: the rules of `whole_grid` were chosen on these.
+Every 25th photo, beginning with the first by name, is not used: the rules of `whole_grid` were chosen on these.
 """
 import argparse
 import copy
@@ -64,7 +64,7 @@ def grad_cam(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rollout(model: nn.Module, images: Tensor) -> Tensor:
-    """How the class token looks at the patches through all blocks (B, N)."""
+    """Attention of the class token to the patches through all blocks (B, N)."""
     maps: list[Tensor] = []
 
     def see(module: nn.Module, args: tuple, out: Tensor) -> None:
@@ -91,11 +91,11 @@ def explain(model: nn.Module, images: Tensor, classes: Tensor) -> dict[str, Tens
 
 
 def load_photos(folder: Path, number: int, model: nn.Module) -> list[Tensor]:
-    """Evenly spread ones of the photos that nothing was chosen on, as the model takes them (C, H, W)."""
+    """Some of the unused photos, evenly spaced, as input of the model (C, H, W)."""
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in ('.jpeg', '.jpg', '.png'))
     files = [file for i, file in enumerate(files) if i % SEARCH_STEP]
     if len(files) < number:
-        raise SystemExit(f'--photos: there are only {len(files)} in {folder}, without every {SEARCH_STEP}th')
+        raise SystemExit(f'--photos: there are only {len(files)} in {folder} without every {SEARCH_STEP}th')
     transform = create_transform(**resolve_data_config({}, model=model))
     photos = []
     for i in tqdm(range(number), desc='photos'):
@@ -105,7 +105,7 @@ def load_photos(folder: Path, number: int, model: nn.Module) -> list[Tensor]:
 
 
 def measure(dense: nn.Module, photos: list[Tensor], batch_size: int) -> dict[str, dict]:
-    """What is left in each setting."""
+    """Correlations in each setting."""
     models = {
         f'{NAMES[selection]}, {ratio:g}': timm_evo.evolve(copy.deepcopy(dense), selection=selection, keep_ratio=ratio)
         for selection, ratio in SETTINGS}
@@ -147,13 +147,13 @@ def format_text(title: str, records: dict[str, dict], environment: dict) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='What is left of Grad-CAM and attention rollout.')
+    parser = argparse.ArgumentParser(description='How much Grad-CAM and attention rollout change.')
     parser.add_argument(
         '--model', default='deit_tiny_patch16_224', help="timm's ViT with a class token (default: %(default)s)")
     parser.add_argument(
         '--weights', type=Path, metavar='FILE', help='checkpoint of the dense model (default: pretrained ones)')
     parser.add_argument('--photos', type=Path, required=True, metavar='FOLDER', help='of photos')
-    parser.add_argument('--num-images', type=positive_int, default=240, metavar='N', help='of them (default: 240)')
+    parser.add_argument('--num-images', type=positive_int, default=240, metavar='N', help='photos (default: 240)')
     parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='photos at once (default: 16)')
     add_results(parser, ('.json', '.md'))
     return parser.parse_args()

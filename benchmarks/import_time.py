@@ -1,8 +1,8 @@
-""" What a process that imports torch, but not timm, pays for the plugin
+""" Time that the plugin adds to a process that imports torch, but not timm
 
-PyTorch imports timm-evo at the end of `import torch`. This measures, in fresh processes, `import timm_evo` alone after
-torch was imported without plugins, which is that price, and all of `import torch` without and with plugins, which is
-noisy and contains PyTorch's own search for plugins.
+PyTorch imports timm-evo at the end of `import torch`. This script uses fresh processes. It measures `import timm_evo`
+after torch was imported without plugins, which is the added time, and `import torch` without and with plugins, which is
+noisy and includes PyTorch's search for plugins.
 
     python benchmarks/import_time.py --output results.json
 """
@@ -38,7 +38,7 @@ import torch
 torch_done = time.perf_counter()
 
 import json
-assert 'timm_evo' in sys.modules, 'PyTorch did not load timm-evo, is it installed?'
+assert 'timm_evo' in sys.modules, 'PyTorch did not load timm-evo. Is it installed?'
 loaded = [name for name in sys.modules if name in ('timm', 'torchvision') or name.startswith('timm_evo.')]
 assert not loaded, f'import torch has imported {", ".join(loaded)}'
 print(json.dumps({'import torch, plugins on': torch_done - start}))
@@ -53,7 +53,7 @@ def run_child(code: str, autoload: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='What import torch pays for timm-evo.')
+    parser = argparse.ArgumentParser(description='Time that timm-evo adds to import torch.')
     parser.add_argument('--rounds', type=int, default=15, help='processes of each kind (default: 15)')
     parser.add_argument('--output', type=Path, metavar='FILE', help='write the results here, as JSON')
     args = parser.parse_args()

@@ -1,27 +1,27 @@
-""" All that wants a GPU, in calls of some minutes that go on where the last one stopped
+""" All measurements that need a GPU, in calls of some minutes, each of which continues the last one
 
     python benchmarks/on_gpu.py --minutes 9 --scripts pytorch-image-models --cifar10 cifar10 --tome ToMe --evit evit \
         --features vit_s_focus.onnx --photos imagenet-sample-images \
         --weights deit_tiny.safetensors --imagenet imagenet/val
 
-It needs torch, Triton, timm and this checkout, which does not have to be installed; step 'frozen' also needs matplotlib
-and onnx. The steps, in their order:
+It needs torch, Triton, timm and this checkout, which need not be installed; step 'frozen' also needs matplotlib and
+onnx. The steps, in their order:
 
-* equal: whether the kernels compute what the library computes without them
-* compiled, graphs, eager: time of inference beside the dense model, with and without kernels, and beside ToMe and EViT
+* equal: whether the kernels compute the same as the library without them
+* compiled, graphs, eager: time of inference with and without kernels, compared with the dense model, ToMe and EViT
 * training: time of training steps, compiled and eager
 * scripts: timm's train.py and validate.py
-* tests: those that compute
-* frozen: what is left of frozen weights that compute in bfloat16
+* tests: the tests that compute on the device
+* frozen: accuracy that frozen weights keep in bfloat16
 * cifar: CIFAR-10 from scratch, three seeds
 
-What is measured goes to on_gpu_<device>.jsonl at once, a line each, so nothing is lost when the command is killed; the
-next call leaves out what this state of the library has been measured in on such a machine. on_gpu_<device>.md has the
-tables, on_gpu_<device>_profiles.txt which kernels take the time. A step whose folders are not given is left out.
+Each result is written to on_gpu_<device>.jsonl at once, so nothing is lost when the command is killed. The next call
+skips what was measured with this state of the library on such a machine. on_gpu_<device>.md has the tables,
+on_gpu_<device>_profiles.txt the kernels that take the most time. A step whose folders are not given is skipped.
 
     python benchmarks/on_gpu.py --device cpu --quick --results output
 
-tries all of it at tiny sizes, which says nothing of speed.
+tries all steps at tiny sizes, whose times mean nothing.
 """
 import sys
 from pathlib import Path

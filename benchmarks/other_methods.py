@@ -1,13 +1,13 @@
-""" Speed of token evolution beside other token reduction, each in its authors' own code, in one run
+""" Speed of token evolution and of other token reduction, each in its authors' own code, in one run
 
     python benchmarks/other_methods.py --tome ToMe --evit evit --dynamic-vit DynamicViT --evo-vit Evo-ViT \
         --results benchmarks/results/other_methods_cpu
 
-An option is a clone of the repository: https://github.com/facebookresearch/ToMe, https://github.com/youweiliang/evit,
-https://github.com/raoyongming/DynamicViT and https://github.com/YifanXu74/Evo-ViT. Those that are not given are left
-out. All are DeiT, each method at a setting with about the multiply-adds of the published Evo-ViT; its numbers of tokens
-grow with the image. Ours is the published selection, once more with a last block that computes all tokens, as the other
-methods' last block does, and selection by similarity.
+Each option is a clone of a repository: https://github.com/facebookresearch/ToMe, https://github.com/youweiliang/evit,
+https://github.com/raoyongming/DynamicViT and https://github.com/YifanXu74/Evo-ViT. Methods without a clone are skipped.
+All models are DeiT, and each method has a setting with about the multiply-adds of the published Evo-ViT; its numbers of
+tokens grow with the image. This package is measured with the published selection `'stage'`, with the same and a last
+block that computes all tokens, as in the other methods, and with selection by similarity.
 Weights are random: this measures speed, not accuracy.
 """
 import argparse
@@ -27,9 +27,9 @@ from torch import nn
 SIZES = {'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}  # width and heads of DeiT
 PATCH_SIZE = 16
 PUBLISHED_SIZE = 224
-PRUNED_BLOCKS = (3, 6, 9)  # where DynamicViT drops tokens, and EViT, too
+PRUNED_BLOCKS = (3, 6, 9)  # blocks in which DynamicViT and EViT drop tokens
 
-Build = Callable[[str, int], nn.Module]  # of a size, for images of a size
+Build = Callable[[str, int], nn.Module]  # from the model's size and the image size
 
 
 def create_deit(size: str, img_size: int) -> nn.Module:
@@ -75,7 +75,7 @@ OURS = 'timm-evo'
 
 
 def build_whole(size: str, img_size: int) -> nn.Module:
-    """The published evolution with a last block that computes all tokens, as the other methods' does."""
+    """The published evolution with a last block that computes all tokens, as in the other methods."""
     model = timm.create_model(f'evo_deit_{size}_patch16_224', img_size=img_size, selection='stage')
     return Through(model, lambda model, images: model.forward_head(model.forward_features(images)))
 
@@ -119,7 +119,7 @@ def format_table(summary: dict[str, dict]) -> str:
 
 
 def draw(variants: list[Variant], summary: dict[str, dict], title: str) -> Figure:
-    """Speed-up against the share of multiply-adds that are left, with the limit that these set."""
+    """Speed-up against the remaining share of multiply-adds, with the limit that it sets."""
     figure = Figure(figsize=(8, 5.5), layout='constrained')
     axis = figure.subplots()
     axis.set(title=title, xlabel='share of the dense GMACs', ylabel='ratio to the dense throughput')
@@ -145,7 +145,7 @@ def draw(variants: list[Variant], summary: dict[str, dict], title: str) -> Figur
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Token evolution beside other methods in their authors' own code.")
+    parser = argparse.ArgumentParser(description="Speed of token evolution and other methods, in their authors' code.")
     for option, (label, _) in METHODS.items():
         parser.add_argument(
             f'--{option.replace("_", "-")}', type=clone, metavar='FOLDER', help=f'clone of the repository: {label}')
@@ -167,11 +167,11 @@ def parse_args() -> argparse.Namespace:
     if args.img_size % PATCH_SIZE:
         parser.error(f'--img-size {args.img_size} is not a multiple of {PATCH_SIZE}')
     if args.dynamic_vit is not None and args.img_size != PUBLISHED_SIZE:
-        parser.error(f'--dynamic-vit takes no other images than those of {PUBLISHED_SIZE} pixels')
+        parser.error(f'--dynamic-vit only takes images of {PUBLISHED_SIZE} pixels')
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if all(getattr(args, option) is None for option in METHODS):
-        parser.error('nothing to compare with, name a clone')
+        parser.error('there is nothing to compare with, give at least one clone')
     return args
 
 

@@ -1,10 +1,10 @@
-""" Where the time of a model goes, beside its dense twin
+""" Which operators take the time of a model and of its dense twin
 
     python benchmarks/profile_model.py --models evo_deit_small_patch16_224 --results before
 
 Profiles a few steps with torch.profiler and writes the operators, or on CUDA the kernels, that take most of the time,
-with how many operators PyTorch has called and how many kernels the CPU has launched. All figures are per step. What
-the profiler itself costs is in the times, so take those of `throughput.py` for ratios.
+the number of operators that PyTorch has called and of kernels that the CPU has launched. All figures are per step.
+Times include the cost of the profiler, so use those of `throughput.py` for ratios.
 """
 import argparse
 import re
@@ -29,7 +29,7 @@ MAX_NAME = 90  # names of kernels can be thousands of letters long
 
 
 def profile_step(step: Step) -> list[tuple[str, float, int, bool]]:
-    """What a step runs: name, microseconds and calls of each operator, and of each kernel on CUDA, and whether timed.
+    """Name, microseconds and calls of each operator of a step, and of each kernel on CUDA, and whether it is timed.
 
     On CUDA the kernels are timed, and the operators that launch them are only counted.
     """
@@ -43,7 +43,7 @@ def profile_step(step: Step) -> list[tuple[str, float, int, bool]]:
     for event in profiler.key_averages():
         if event.device_type == DeviceType.CPU:
             events.append((event.key, event.self_cpu_time_total, event.count, not on_cuda))
-        elif not event.is_user_annotation:  # ranges that someone has named: the kernels in them count for themselves
+        elif not event.is_user_annotation:  # not for named ranges, whose kernels are counted themselves
             events.append((event.key, event.self_device_time_total, event.count, True))
     return events
 
@@ -60,7 +60,7 @@ def summarise_steps(steps: list[list[tuple[str, float, int, bool]]]) -> dict:
             calls[name] += count / len(steps)
     total = sum(times.values())
     if not total:
-        raise SystemExit('torch.profiler has recorded nothing, is another profiler running?')
+        raise SystemExit('torch.profiler has recorded nothing. Is another profiler running?')
     return {
         'ms': total,
         'operator_calls': operator_calls / len(steps),
@@ -96,7 +96,7 @@ def format_text(results: dict[str, dict], num_top: int, on_cuda: bool, title: st
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Where the time of evolved models goes, beside their dense twins.')
+    parser = argparse.ArgumentParser(description='Operators that take the time of evolved models and their twins.')
     add_models(parser, DEFAULT_MODELS)
     add_how(parser)
     parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='images (default: 16)')
@@ -114,7 +114,7 @@ def main() -> None:
     steps, results = prepare(variants, batch_size=args.batch_size, **choose_how(args))
     profiled = defaultdict(list)
     with tqdm(total=(NUM_WARMUP + args.steps) * len(steps), unit='step') as progress:
-        for i in range(NUM_WARMUP + args.steps):  # models in turn, so that whatever else the machine does slows all
+        for i in range(NUM_WARMUP + args.steps):  # models in turn, so that other load on the machine slows all
             for label, step in steps.items():
                 progress.set_description(label)
                 if i < NUM_WARMUP:

@@ -1,9 +1,9 @@
-""" Time and memory against image size and batch size, evolved models beside their dense twins
+""" Time and memory against image size and batch size, of evolved models and their dense twins
 
     python benchmarks/scaling.py --batch-sizes 1 16 --results benchmarks/results/scaling_cpu
 
-Models of one setting are measured in turn, as `throughput.py` does, and results are written after each setting. One
-that does not fit on the GPU is noted, and the next one follows.
+Models of one setting are measured in turn, as in `throughput.py`, and results are written after each setting. A setting
+that does not fit on the GPU is recorded, and the next one follows.
 """
 import argparse
 from itertools import product
@@ -21,7 +21,7 @@ IMG_SIZES = [224, 288, 384, 448, 512]
 
 
 def measure_setting(variants: list[Variant], img_size: int, batch_size: int, rounds: int, how: dict) -> dict:
-    """One image size and batch size, and, under `models`, what `summarise` gives, or None if that did not fit."""
+    """One image size and batch size, and under `models` the result of `summarise`, or None if it did not fit."""
     try:
         results = measure(variants, rounds=rounds, batch_size=batch_size, **how)
         models = summarise(variants, results, batch_size)
@@ -56,7 +56,7 @@ def format_table(rows: list[dict]) -> str:
 
 
 def draw(variants: list[Variant], rows: list[dict], title: str) -> Figure:
-    """Speed-up with its limit, and memory, against image size; a line for each model and batch size."""
+    """Speed-up with its limit, and memory, against image size, with a line for each model and batch size."""
     figure = Figure(figsize=(13, 5.5), layout='constrained')
     figure.suptitle(title)
     speed, memory = figure.subplots(1, 2)

@@ -1,11 +1,11 @@
-""" Speed of the selections beside each other and the dense model: in PyTorch, and as exported files
+""" Speed of the selections, compared with each other and with the dense model, in PyTorch and as exported files
 
     python benchmarks/selections.py --results benchmarks/results/selections_cpu
     python benchmarks/selections.py --family rope --results benchmarks/results/selections_rope_cpu
 
-Beside each ratio stands the limit that arithmetic sets, that of the multiply-adds. In PyTorch as `throughput.py`
-measures. Files are ONNX, as `torch.onnx.export` writes them, run by onnxruntime and by OpenVINO on the CPU, batch by
-batch in turn. Results are written after each setting, so the same command goes on where it was interrupted.
+Each ratio has its limit beside it, the ratio of multiply-adds. PyTorch is measured as in `throughput.py`. Files are
+ONNX, written by `torch.onnx.export`, and run by onnxruntime and by OpenVINO on the CPU, batch by batch in turn. Results
+are written after each setting, so the same command continues an interrupted run.
 """
 import argparse
 import json
@@ -33,7 +33,7 @@ THREADS = 2
 SELECTIONS = ('stage', 'similarity')
 SMALL, BASE = 'deit_small_patch16_224', 'deit_base_patch16_224'
 RUNTIMES = ('onnxruntime', 'OpenVINO')
-# by family: model, (pixels, batch size), and what runs it
+# by family: model, (pixels, batch size), and the runtime
 SETTINGS = {
     'deit': [
         *product((SMALL, BASE), ((224, 16), (384, 4)), ('eager', 'compiled')),
@@ -73,7 +73,7 @@ def load_file(file: Path, runtime: str) -> Callable[[Tensor], Tensor]:
         session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
         return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
     import openvino
-    # float32, because on some processors OpenVINO would compute in less
+    # float32, because OpenVINO would use lower precision on some processors
     config = {'INFERENCE_NUM_THREADS': THREADS, 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
     compiled = openvino.compile_model(file, 'CPU', config)
     return lambda images: torch.from_numpy(compiled(images.numpy())[0])
@@ -89,7 +89,7 @@ def time_files(model: str, img_size: int, batch_size: int, runtime: str, rounds:
             original = timm.create_model(variant.model, **variant.kwargs).eval()
             torch.onnx.export(original, (images,), file, dynamo=True, input_names=['images'], verbose=False)
             run[variant.label] = load_file(file, runtime)
-            with torch.inference_mode():  # what is timed is what was meant
+            with torch.inference_mode():  # checks that the file computes the same as the model
                 torch.testing.assert_close(run[variant.label](images), original(images), rtol=0, atol=1e-3)
 
         seconds: dict[str, list[float]] = {label: [] for label in run}
@@ -121,7 +121,7 @@ def name_setting(setting: tuple[str, tuple[int, int], str]) -> str:
 
 
 def count_limits(model: str, img_size: int) -> dict[str, float]:
-    """Multiply-adds of the dense model to those of each selection."""
+    """Ratio of the multiply-adds of the dense model to those of each selection."""
     gmacs = {}
     with torch.device('meta'):
         for variant in make_variants(model, img_size):
@@ -156,13 +156,13 @@ def format_text(records: dict[str, dict], environment: dict) -> str:
 
 
 def read_records(file: Path, environment: dict) -> dict[str, dict]:
-    """Settings that have been measured before; refused if that was with another machine or other versions."""
+    """Settings measured before. Other machines or versions are an error."""
     if not file.exists():
         return {}
     before = json.loads(file.read_text())
     for key in ('machine', 'versions'):
         if before.get(key) != environment[key]:
-            raise SystemExit(f'--results: {file} was measured with another {key}, take another PREFIX')
+            raise SystemExit(f'--results: {file} was measured with another {key}. Use another PREFIX.')
     return before['settings']
 
 
@@ -172,7 +172,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--rounds', type=positive_int, default=15, metavar='N',
         help=f'timed rounds, {LATENCY_ROUNDS} times as many at batch 1 (default: 15)')
-    parser.add_argument('--again', action='store_true', help='measure what PREFIX.json has already, too')
+    parser.add_argument('--again', action='store_true', help='measure again what PREFIX.json has already')
     add_results(parser, ('.json', '.md'))
     return parser.parse_args()
 

@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py --results benchmarks/results/speed_cpu
 
-Each setting is measured as `throughput.py` does, evolved models beside their dense twins. Results are written after
-each, so the same command goes on where it was interrupted.
+Each setting is measured as in `throughput.py`, evolved models with their dense twins. Results are written after each
+setting, so the same command continues an interrupted run.
 """
 import argparse
 import json
@@ -32,18 +32,18 @@ BOTH = ('stage', 'similarity')
 
 @dataclass
 class Setting:
-    """What is measured.
+    """A setting to measure.
 
     Attributes:
-        models: Evolved models, their dense twins are added.
+        models: Evolved models; their dense twins are added.
         batch_size: Images.
-        img_size: The models' own if None.
-        dtype: Name of a dtype, of weights and images.
-        autocast: What to compute in, as mixed precision does, that of the weights if None.
-        compile_mode: Of torch.compile, eager if None.
+        img_size: Image size; the models' own if None.
+        dtype: Name of the dtype of weights and images.
+        autocast: Dtype of mixed precision; no mixed precision if None.
+        compile_mode: Mode of torch.compile; eager if None.
         train: Training instead of inference.
-        reparam: With fused batch norms.
-        selections: Each evolved model with each of these, its own if there are none.
+        reparam: Whether batch norms are fused.
+        selections: Each evolved model is measured with each of these; with its default if there are none.
     """
     models: list[str]
     batch_size: int
@@ -56,7 +56,7 @@ class Setting:
     selections: tuple[str, ...] = ()
 
 
-# The weights of DeiT are random, so its models of 224 pixels, which come in all three sizes, are measured at 384, too.
+# Weights are random, so the DeiTs for 224 pixels, which exist in all three sizes, are measured at 384 pixels, too.
 SETTINGS = {
     'cpu': {
         'deit-224': Setting(DEIT, 16),
@@ -102,11 +102,11 @@ def by_dense_twin(names: Iterable[str]) -> list[list[str]]:
 
 
 def measure_setting(setting: Setting, device: torch.device, rounds: int) -> dict:
-    """What was measured, with what, and the summary of each model."""
+    """The setting, the environment, and the summary of each model."""
     if setting.batch_size == 1:
         rounds *= LATENCY_ROUNDS
     summary = {}
-    for names in by_dense_twin(setting.models):  # apart, because models of other sizes leave the memory as they like
+    for names in by_dense_twin(setting.models):  # one by one, as models of other sizes change the memory
         variants = with_twins(names, setting.img_size, each=[{'selection': each} for each in setting.selections])
         results = measure(
             variants,
@@ -125,7 +125,7 @@ def measure_setting(setting: Setting, device: torch.device, rounds: int) -> dict
 
 
 def format_text(records: dict[str, dict]) -> str:
-    """A table of all settings, and what each is."""
+    """A table of each setting, and its description."""
     header = [
         'setting', 'model', 'img/s', 'ms/batch', 'ratio to dense', 'FLOP limit', 'reached', 'memory (MB)',
         'memory ratio']
@@ -162,7 +162,7 @@ def format_setting(record: dict) -> str:
 
 
 def read_records(file: Path, device: torch.device) -> dict[str, dict]:
-    """Settings that have been measured before; refused if that was with another machine or other versions."""
+    """Settings measured before. Other machines or versions are an error."""
     if not file.exists():
         return {}
     try:
@@ -174,7 +174,7 @@ def read_records(file: Path, device: torch.device) -> dict[str, dict]:
         for key in ('machine', 'versions'):
             if record[key] != now[key]:
                 raise SystemExit(
-                    f'--results: {file} has {name} with {key} {record[key]}, now it is {now[key]}, take another PREFIX')
+                    f'--results: {file} has {name} with {key} {record[key]}, now it is {now[key]}. Use another PREFIX.')
     return records
 
 
@@ -187,7 +187,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=positive_int, default=9, metavar='N', help='timed rounds (default: 9)')
     parser.add_argument(
         '--threads', type=positive_int, metavar='N', help=f'CPU threads (default: {CPU_THREADS}, on CUDA all)')
-    parser.add_argument('--again', action='store_true', help='measure what PREFIX.json has already, too')
+    parser.add_argument('--again', action='store_true', help='measure again what PREFIX.json has already')
     add_results(parser, ('.json', '.md'))
     args = parser.parse_args()
     known = SETTINGS[args.device.type]
@@ -212,8 +212,8 @@ def main() -> None:
         try:
             record = measure_setting(SETTINGS[args.device.type][name], args.device, args.rounds)
         except KeyboardInterrupt:
-            raise SystemExit('\ninterrupted; the same command goes on from here') from None
-        except Exception as error:  # out of memory, or what torch.compile cannot do: the others shall run
+            raise SystemExit('\ninterrupted; the same command continues from here') from None
+        except Exception as error:  # such as out of memory, or torch.compile failed: the other settings should run
             failed.append(f'{name}: {type(error).__name__}: {error}')
             continue
         records[name] = record
@@ -221,7 +221,7 @@ def main() -> None:
         write_report(args.results, format_text(records), {'settings': records})
     print(f'\n{format_text(records)}')
     if failed:
-        raise SystemExit('\n'.join(['these have failed:', *failed]))
+        raise SystemExit('\n'.join(['these settings have failed:', *failed]))
 
 
 if __name__ == '__main__':

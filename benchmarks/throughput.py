@@ -2,10 +2,9 @@
 
     python benchmarks/throughput.py --models evo_deit_small_patch16_224 --batch-size 32 --output results.json
 
-Any model of timm can stand beside. Weights and inputs are random. `--dtype` casts both, as timm's
+Any model of timm can be added. Weights and inputs are random. `--dtype` casts both, as timm's
 `benchmark.py --precision` does; there is no autocast. `--train` measures a whole update: forward, backward of the
-cross-entropy and a step of AdamW. How it is measured is said in `common/measuring.py`, what counts as memory in its
-`measure_memory`.
+cross-entropy and a step of AdamW. `common/measuring.py` describes the measurement, and its `measure_memory` the memory.
 """
 import argparse
 import json
@@ -48,7 +47,7 @@ def format_table(summary: dict[str, dict]) -> str:
 
 
 def summarise_latency(variants: list[Variant], results: dict[str, dict]) -> dict[str, dict]:
-    """Milliseconds per image of what was measured with batches of one."""
+    """Milliseconds per image, from measurements with batches of one."""
     return {
         label: {
             'ms_per_image': 1000 * row['seconds_per_batch']['median'],
@@ -61,7 +60,7 @@ def summarise_latency(variants: list[Variant], results: dict[str, dict]) -> dict
 
 
 def draw(variants: list[Variant], summary: dict[str, dict], title: str) -> Figure:
-    """Throughput against multiply-accumulates, a line from each dense model over its twin's keep ratios."""
+    """Throughput against multiply-accumulates; a line joins a dense model and its twin at all keep ratios."""
     figure = Figure(figsize=(8, 5.5), layout='constrained')
     axis = figure.subplots()
     axis.set_title(title, fontsize=10)
@@ -119,15 +118,15 @@ def parse_args() -> argparse.Namespace:
         '--plot', type=output_file, metavar='FILE', help='draw throughput against GMACs here, such as plot.png')
     args = parse_and_check(parser)
     if args.latency and args.train:
-        parser.error('--latency is of inference, it cannot go with --train')
+        parser.error('--latency measures inference, so it cannot be used with --train')
     if args.keep_ratios is not None:
         if 'keep_ratio' in args.model_kwargs:
-            parser.error('--keep-ratios and keep_ratio in --model-kwargs cannot go together')
+            parser.error('--keep-ratios and keep_ratio in --model-kwargs cannot be used together')
         if all(name == dense_twin(name) for name in args.models):
             parser.error('--keep-ratios needs an evolved model')
         args.keep_ratios = list(dict.fromkeys(args.keep_ratios))
     if args.plot is not None and args.plot.suffix[1:] not in Figure().canvas.get_supported_filetypes():
-        parser.error(f'--plot: cannot draw {args.plot.name}, take a name like plot.png')
+        parser.error(f'--plot: cannot draw {args.plot.name}. Use a name like plot.png.')
     return args
 
 

@@ -1,7 +1,7 @@
 """ Features and predictions of many images, by Ray Data: python examples/embed_images.py --data images --output out ...
 
-The same command goes on where one before it ended, however it ended: images that are in whole files of OUTPUT/features
-are not done again. RAY_ADDRESS says which cluster does it; without one, Ray is started on this machine alone.
+The same command continues an earlier run, however that ended: images in complete files of OUTPUT/features are skipped.
+RAY_ADDRESS is the address of the cluster; without it, Ray starts on this machine alone.
 """
 import argparse
 import hashlib
@@ -31,23 +31,23 @@ parser.add_argument('--data', nargs='+', required=True, help='folders of images,
 for name, default, text in [
         ('output', None, 'a folder that all machines share'), ('model', None, "any of timm's, or hf-hub:OWNER/NAME"),
         ('checkpoint', '', 'a file of weights'), ('batch-size', 256, 'images that go through a model at once'),
-        ('save-every', 4096, 'images in a file, or more; what is in none yet is done again'),
-        ('actors', 0, 'models at work; 0 is one per GPU, or one per machine if there is none'),
-        ('image-column', 'image', 'of .parquet files, with bytes or {bytes, path}'),
-        ('id-column', '', 'of .parquet files; without it, ids are path and hash of the row')]:
+        ('save-every', 4096, 'least images in a file; after an interruption, images in no file are embedded again'),
+        ('actors', 0, 'number of models that run; 0 is one per GPU, or one per machine if there is no GPU'),
+        ('image-column', 'image', 'column of .parquet files with bytes or {bytes, path}'),
+        ('id-column', '', 'column of .parquet files with ids; without it, ids are path and hash of the row')]:
     parser.add_argument(
         f'--{name}', type=str if default is None else type(default), default=default, required=default is None,
         help=text + (f' (default: {default})' if default else ''))
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
 for name, text in [('pretrained', 'weights of the Hub'), ('bfloat16', 'autocast'), ('compile', 'by torch.compile')]:
     parser.add_argument(f'--{name}', action='store_true', help=text)
-CAN_CHANGE = {'output', 'batch_size', 'save_every', 'actors', 'compile'}  # when it goes on
+CAN_CHANGE = {'output', 'batch_size', 'save_every', 'actors', 'compile'}  # when a run is continued
 IDS = pa.large_string()
-DISK = 0.25  # CPUs that reading and writing ask for. With whole ones, two CPUs do not go round, and files come last
+DISK = 0.25  # CPUs for reading or writing. With 1 each, two CPUs would not suffice, and files would be written last
 
 
 def decode(table: pa.Table, transform, column: str, id_columns: list[str], done: ray.ObjectRef, unreadable: Path):
-    """What the model reads of images that are still to be done. Those that cannot be read are noted in a file."""
+    """Pixels of the images that are not embedded yet. Names of unreadable images are written to a file."""
     ids, contents = join_ids(table.select(id_columns)), table[column]
     contents = pc.struct_field(contents, 'bytes') if pa.types.is_struct(contents.type) else contents
     to_do, good, images, bad = pc.invert(pc.is_in(ids, value_set=ray.get(done))), [], [], {}
@@ -55,16 +55,16 @@ def decode(table: pa.Table, transform, column: str, id_columns: list[str], done:
         try:
             images.append(transform(Image.open(io.BytesIO(content)).convert('RGB')).numpy())
             good.append(name)
-        except Exception as error:  # Pillow's decoders raise many kinds
+        except Exception as error:  # Pillow's decoders raise many kinds of errors
             bad[name] = f'{type(error).__name__}: {str(error).split(" <")[0]}'
-    if bad:  # named by what is in it: a task that runs again writes the same file
+    if bad:  # the name is a hash of the content, so that a task that runs again writes the same file
         (unreadable / f'{hashlib.sha256("".join(bad).encode()).hexdigest()}.json').write_text(json.dumps(bad))
     if good:
         yield {'id': np.array(good), 'image': np.stack(images)}
 
 
 class Embed:
-    """A model at work. It gets pixels as bytes and normalises them: as floats they would be four times as large."""
+    """A model in an actor. It gets pixels as bytes and normalises them: as floats they would be four times as large."""
 
     def __init__(self, model: ray.ObjectRef, config: dict, threads: int, bfloat16: bool, compiled: bool) -> None:
         torch.set_num_threads(threads)
@@ -96,7 +96,7 @@ def join_ids(columns: pa.Table) -> pa.ChunkedArray:
 
 
 def read_done(folder: Path) -> pa.ChunkedArray:
-    """The ids in whole files. One that was not written to its end has no footer, and is deleted."""
+    """The ids in complete files. An incomplete file has no footer and is deleted."""
     ids = []
     for file in sorted(folder.glob('*.parquet')):
         try:
@@ -107,7 +107,7 @@ def read_done(folder: Path) -> pa.ChunkedArray:
 
 
 def find_images(args: argparse.Namespace) -> tuple[pa.ChunkedArray | None, int]:
-    """The ids, unless reading makes them, and the number of images."""
+    """The ids, or None if they are made during reading, and the number of images."""
     folders = all(os.path.isdir(path) for path in args.data)
     for path in args.data:
         if not (folders or path.endswith('.parquet') and os.path.isfile(path)):
@@ -141,13 +141,13 @@ def require_unique(option: str, ids: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def check_settings(args: argparse.Namespace, more: dict) -> None:
-    """Write the settings, or refuse others than those of the run before."""
+    """Write the settings, or exit if they differ from those of the earlier run."""
     settings = {name: value for name, value in vars(args).items() if name not in CAN_CHANGE} | more
     settings, file = json.loads(json.dumps(settings)), args.output / 'settings.json'
     if file.exists():
         for name, value in json.loads(file.read_text()).items():
             if settings.get(name) != value:
-                raise SystemExit(f'{file} has {name} = {value}, not {settings.get(name)}. Take another --output.')
+                raise SystemExit(f'{file} has {name} = {value}, not {settings.get(name)}. Use another --output.')
     elif args.output.exists() and any(args.output.iterdir()):
         parser.error(f'--output must be new, empty, or of a run before: {args.output} is not')
     (args.output / 'features').mkdir(parents=True, exist_ok=True)
@@ -156,11 +156,11 @@ def check_settings(args: argparse.Namespace, more: dict) -> None:
 
 
 def plan_actors(actors: int) -> tuple[int, int, dict]:
-    """How many actors, the threads of each, and what each asks Ray for.
+    """The number of actors, the threads of each, and the resources that each asks Ray for.
 
-    Nearly no CPU: where a machine is lost, Ray starts its actors on those that are left, and if they took the last CPU
-    there, nothing could read, decode or write any more. Threads are what leaves a fifth of the CPUs to that. (With no
-    CPU at all Ray does not spread them.)
+    An actor asks for nearly no CPU: if a machine is lost, Ray starts its actors on the others, and if they took the
+    last CPU there, nothing could read, decode or write any more. The number of threads leaves a fifth of the CPUs for
+    that. (If actors asked for no CPU at all, Ray would not spread them.)
     """
     gpus = int(ray.cluster_resources().get('GPU', 0))
     cpus = [int(node['Resources'].get('CPU', 0)) for node in ray.nodes() if node['Alive']]
@@ -175,18 +175,18 @@ def plan_actors(actors: int) -> tuple[int, int, dict]:
 def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.ChunkedArray, number: int,
           model: torch.nn.Module, config: dict) -> None:
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-    os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')  # a warning that is not about this
+    os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')  # a warning that does not matter here
     os.environ.setdefault('RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL', '30')  # seconds
-    # processes that wait for a task; with one per CPU they end too soon, and another one imports timm for seconds
+    # idle processes to keep; with one per CPU they end too soon, and each new process needs seconds to import timm
     os.environ.setdefault('RAY_num_workers_soft_limit', str((os.cpu_count() or 1) + 4))
-    single = os.cpu_count() == 1 and os.environ.get('RAY_ADDRESS', 'local') == 'local'  # tasks and a model take two
+    single = os.cpu_count() == 1 and os.environ.get('RAY_ADDRESS', 'local') == 'local'  # tasks and a model need two
     ray.init(include_dashboard=False, logging_level=logging.WARNING, num_cpus=2 if single else None)
     actors, threads, resources = plan_actors(args.actors)
     blocks, parquet = -(-number // args.batch_size), args.data[0].endswith('.parquet')
     context = ray.data.DataContext.get_current()
-    context.enable_rich_progress_bars, context.use_ray_tqdm = True, False  # the other bars do not show in a terminal
+    context.enable_rich_progress_bars, context.use_ray_tqdm = True, False  # other bars are not visible in a terminal
     if parquet:
-        context.use_datasource_v2 = False  # its threads fail now and then at an import
+        context.use_datasource_v2 = False  # its threads sometimes fail at an import
         unnamed = not args.id_column
         columns = [args.image_column, *([args.id_column] if args.id_column else [])]
         images = ray.data.read_parquet(
@@ -197,11 +197,11 @@ def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.Chunke
         files = ids.filter(pc.invert(pc.is_in(ids, value_set=done))).to_pylist()
         images = ray.data.read_binary_files(files, include_paths=True, override_num_blocks=blocks, num_cpus=DISK)
         columns = ['bytes', ['path']]
-    transform = create_transform(**config, use_prefetcher=True)  # which leaves floats to the actor
+    transform = create_transform(**config, use_prefetcher=True)  # gives bytes; the actor converts them to floats
     images = images.map_batches(
         decode, fn_args=[transform, *columns, ray.put(done), args.output / 'unreadable'], batch_size=args.batch_size,
         batch_format='pyarrow')
-    images = images.repartition(target_num_rows_per_block=args.batch_size)  # and decoding is no part of the actor
+    images = images.repartition(target_num_rows_per_block=args.batch_size)  # so decoding is not a part of the actor
     embedded = images.map_batches(
         Embed, fn_constructor_args=[ray.put(model), config, threads, args.bfloat16, args.compile],
         batch_size=args.batch_size, compute=ray.data.ActorPoolStrategy(size=actors), **resources)
@@ -220,7 +220,7 @@ def main() -> None:
     if not number:
         parser.error(f'--data must have images, but there are none in {" ".join(args.data)}')
     args.data = [os.path.abspath(path) for path in args.data]
-    random_seed(0)  # weights that are not loaded are the same each time
+    random_seed(0)  # weights that are not loaded are the same in each run
     model = timm.create_model(args.model, args.pretrained, checkpoint_path=args.checkpoint, **args.model_kwargs).eval()
     config, weights = resolve_data_config(args.model_kwargs, model=model), hashlib.sha256()
     for weight in model.state_dict().values():
@@ -231,7 +231,7 @@ def main() -> None:
         lock.acquire(timeout=0)
     except Timeout:
         raise SystemExit(f'{args.output} is in use by another run.') from None
-    shutil.rmtree(unreadable, ignore_errors=True)  # those images are tried again
+    shutil.rmtree(unreadable, ignore_errors=True)  # unreadable images are tried again
     unreadable.mkdir()
     done = read_done(args.output / 'features')
     print(f'{number} images, {len(done)} of them done before', flush=True)
@@ -248,7 +248,7 @@ def main() -> None:
     found = done if ids is None else ids.filter(pc.is_in(ids, value_set=done))
     twice, lost = len(done) - len(pc.unique(done)), number - len(bad) - len(found)
     if twice or lost > 0:
-        raise SystemExit(f'{twice} images are there twice, and {lost} are not: an error of this script or of Ray')
+        raise SystemExit(f'{twice} images were written twice, and {lost} are missing: an error in this script or Ray')
 
 
 if __name__ == '__main__':

@@ -1,12 +1,12 @@
-""" Explanations: Grad-CAM, attention rollout and a linear probe of an evolved classifier, beside the dense one
+""" Explanations: Grad-CAM, attention rollout and a linear probe of a dense classifier and an evolved one
 
-Draws the picture of docs/explanations.md, with `pip install . --group example` (pip 25.1 or newer):
+This draws the picture of docs/explanations.md. It needs `pip install . --group example` (pip 25.1 or newer):
 
     python examples/explanations.py --picture explanations.png
 
 Weights are timm's pretrained ones, which are downloaded, or those of a checkpoint. The photos are scikit-image's
-`coffee` (CC0, Rachel Michetti) and `chelsea` (CC0, Stefan van der Walt). The probe reads the mean colour of each patch,
-and is fitted on the dense model's tokens of `astronaut` (NASA) and `rocket` (SpaceX), both public domain.
+`coffee` (CC0, Rachel Michetti) and `chelsea` (CC0, Stefan van der Walt). The probe predicts the mean colour of each
+patch. It is fitted to the dense model's tokens of `astronaut` (NASA) and `rocket` (SpaceX), both public domain.
 """
 import argparse
 
@@ -26,7 +26,7 @@ import timm_evo
 MODEL = 'deit_tiny_patch16_224'
 GRID = (14, 14)
 PHOTOS, PHOTOS_OF_PROBE = (data.coffee, data.chelsea), (data.astronaut, data.rocket)
-PROBED = 8  # number of the block
+PROBED = 8  # index of the block
 
 
 def grad_cam(model: nn.Module, images: Tensor, classes: list[int]) -> Tensor:
@@ -39,7 +39,7 @@ def grad_cam(model: nn.Module, images: Tensor, classes: list[int]) -> Tensor:
 
 @torch.no_grad()
 def rollout(model: nn.Module, images: Tensor) -> Tensor:
-    """How the class token looks at the patches through all blocks (B, h, w)."""
+    """Attention of the class token to the patches through all blocks (B, h, w)."""
     maps: list[Tensor] = []
     with timm_evo.whole_grid(model) as grid:
         handles = [
@@ -67,12 +67,12 @@ def probed_tokens(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def colours(images: Tensor) -> Tensor:
-    """Mean colour of each patch, as the model sees it (B, N, 3)."""
+    """Mean colour of each patch in the normalised images (B, N, 3)."""
     return F.adaptive_avg_pool2d(images, GRID).flatten(2).transpose(1, 2)
 
 
 def fit_probe(tokens: Tensor, of: Tensor) -> Tensor:
-    """Ridge regression from tokens (B, N, C), which have mean zero, and one to (B, N, 3): a matrix (C + 1, 3)."""
+    """Ridge regression from tokens (B, N, C) with mean zero, and a constant, to (B, N, 3): a matrix (C + 1, 3)."""
     x = F.pad(tokens, (0, 1), value=1).flatten(0, 1)
     return torch.linalg.solve(x.T @ x + 100 * torch.eye(x.shape[1]), x.T @ of.flatten(0, 1))
 

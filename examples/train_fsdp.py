@@ -1,7 +1,7 @@
 """ Training with sharded weights (FSDP2): torchrun --nproc_per_node 8 examples/train_fsdp.py --data-dir images ...
 
-The same command goes on from the newest checkpoint in --output (shared by all processes), on as many as there are
-then. Images, augmentation and mixup depend on seed and update alone, so losses are as if it had never stopped.
+The same command continues from the newest checkpoint in --output (shared by all processes), on any number of processes.
+Images, augmentation and mixup depend only on seed and update, so losses are the same as without an interruption.
 """
 import argparse
 import json
@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 for name, default, text in [
-        ('data-dir', Path('images'), 'with train/<class>/<image>'), ('output', Path('output'), 'for all that is saved'),
+        ('data-dir', Path('images'), 'with train/<class>/<image>'), ('output', Path('output'), 'for checkpoints, logs'),
         ('model', 'evo_deit_small_patch16_224', 'a ViT'), ('batch-size', 256, 'of all processes together'),
         ('epochs', 300, 'in all'), ('lr', 5e-4, 'learning rate'), ('clip-grad', float('inf'), 'largest norm'),
-        ('save-every', 1000, 'updates'), ('workers', 4, 'per process'), ('seed', 0, 'of all that is random')]:
+        ('save-every', 1000, 'updates'), ('workers', 4, 'per process'), ('seed', 0, 'random seed')]:
     parser.add_argument(f'--{name}', type=type(default), default=default, help=text)
 for name in ('pretrained', 'bfloat16', 'grad-checkpointing', 'compile'):
     parser.add_argument(f'--{name}', action='store_true')
@@ -44,7 +44,7 @@ def seed_by(*key: int) -> None:
 
 
 class Stream(Dataset):
-    """The images of all epochs as one sequence. Each has a seed of its own, whichever process or worker loads it."""
+    """The images of all epochs as one sequence. Each has its own seed, which does not depend on process or worker."""
 
     def __init__(self, images: Dataset, epoch_size: int, seed: int) -> None:
         self.images, self.epoch_size, self.seed, self.epoch = images, epoch_size, seed, -1
@@ -58,7 +58,7 @@ class Stream(Dataset):
 
 
 def save(folder: Path, update: int, settings: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write a checkpoint that is there as a whole or not at all, and delete all but the two newest."""
+    """Write a checkpoint, which appears only when it is complete, and delete all but the two newest."""
     state = dict(zip(('model', 'optimizer'), get_state_dict(model, optimizer), strict=True))
     dcp.save(state, checkpoint_id=folder / 'unfinished')
     dist.barrier()  # all have written
@@ -66,20 +66,20 @@ def save(folder: Path, update: int, settings: dict, model: torch.nn.Module, opti
         (folder / 'unfinished/settings.json').write_text(json.dumps(settings))
         (folder / 'unfinished').rename(folder / f'{update:08}')
         for old in sorted(folder.glob('[0-9]*'))[:-2]:
-            shutil.rmtree(old)  # what is left of it if this is interrupted is not the newest
+            shutil.rmtree(old)  # an interruption may leave a part of it, but never of the newest
 
 
 def resume(folder: Path, settings: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint, if there is one, and give the number of its updates."""
+    """Load the newest checkpoint, if there is one, and return the number of its updates."""
     if dist.get_rank() == 0:
         shutil.rmtree(folder / 'unfinished', ignore_errors=True)
     found = [max(folder.glob('[0-9]*'), default=None)]
-    dist.broadcast_object_list(found)  # a shared folder may not look the same to all at once
+    dist.broadcast_object_list(found)  # processes may not see changes of a shared folder at the same time
     if found[0] is None:
         return 0
     for name, value in json.loads((found[0] / 'settings.json').read_text()).items():
         if json.dumps(settings[name]) != json.dumps(value):
-            raise SystemExit(f'{found[0]} has {name} = {value}, not {settings[name]}. Take another --output for this.')
+            raise SystemExit(f'{found[0]} has {name} = {value}, not {settings[name]}. Use another --output.')
     state = dict(zip(('model', 'optimizer'), get_state_dict(model, optimizer), strict=True))
     dcp.load(state, checkpoint_id=found[0])
     set_state_dict(model, optimizer, model_state_dict=state['model'], optim_state_dict=state['optimizer'])
@@ -88,7 +88,7 @@ def resume(folder: Path, settings: dict, model: torch.nn.Module, optimizer: torc
 
 def main() -> None:
     args = parser.parse_args()
-    processes = int(os.environ.get('WORLD_SIZE') or parser.error('start it by torchrun, with one process per GPU'))
+    processes = int(os.environ.get('WORLD_SIZE') or parser.error('start this with torchrun, with one process per GPU'))
     if not (args.data_dir / 'train').is_dir():
         parser.error(f'--data-dir must have a folder train, but there is no {args.data_dir / "train"}')
     images = create_dataset('', root=args.data_dir, split='train')
@@ -118,7 +118,7 @@ def main() -> None:
     settings = {name: value for name, value in vars(args).items() if name not in CAN_CHANGE} | {'images': len(images)}
     start, total, size = resume(args.output, settings, model, optimizer), args.epochs * steps, args.batch_size
     mixup = Mixup(**{'mixup_alpha': 0.} | args.mixup_kwargs, num_classes=num_classes)
-    mixup.mixup_enabled = mixup.mixup_alpha > 0 or mixup.cutmix_alpha > 0  # otherwise it smoothes the labels only
+    mixup.mixup_enabled = mixup.mixup_alpha > 0 or mixup.cutmix_alpha > 0  # otherwise it only smoothes the labels
     places = [i for i in range(size) if min(i, size - 1 - i) * 2 * processes // size == rank]  # pairs that mixup mixes
     batches = ([update * size + place for place in places] for update in range(start, total))
     stream = Stream(images, steps * size, args.seed)
@@ -129,7 +129,7 @@ def main() -> None:
         scheduler.step_update(update - 1)
         seed_by(args.seed, 1, update)
         inputs, targets = mixup(inputs.to(DEVICE, non_blocking=True), targets.to(DEVICE, non_blocking=True))
-        seed_by(args.seed, 2, update, rank)  # of what the model drops
+        seed_by(args.seed, 2, update, rank)  # for dropout
         selections = sum(model.schedule.begins) if hasattr(model, 'schedule') else None
         loss = SoftTargetCrossEntropy()(model(inputs).float(), targets)
         loss.backward()

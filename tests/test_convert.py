@@ -118,7 +118,7 @@ def test_a_folder_is_replaced_by_force_alone(deit, tmp_path):
                *model_kwargs(deit)]
     cli.main([str(part) for part in command])
     written = (tmp_path / 'model' / 'config.json').stat().st_mtime_ns
-    assert 'only force (--force) replaces it' in message(*command)
+    assert 'Use force (--force) to replace it' in message(*command)
     assert (tmp_path / 'model' / 'config.json').stat().st_mtime_ns == written
     cli.main([str(part) for part in [*command, '--force']])
     assert (tmp_path / 'model' / 'config.json').stat().st_mtime_ns > written
@@ -155,7 +155,7 @@ def test_pickled_code_is_not_run(place, tmp_path):
     torch.save({'model': weights | {'x': malicious}} if place == 'weights' else {'model': weights, 'args': malicious},
                tmp_path / 'checkpoint.pth')
     error = message('convert', tmp_path / 'checkpoint.pth', '--model', MODELS['evo_deit_a'], '--output', tmp_path / 'm')
-    assert 'nothing in it was run' in error and 'mkdir' in error
+    assert 'no code in it was run' in error and 'mkdir' in error
     assert [path.name for path in tmp_path.iterdir()] == ['checkpoint.pth']
 
 
@@ -176,7 +176,7 @@ def test_every_misfit_is_listed(change, lines, deit, tmp_path):
 
 
 @pytest.mark.parametrize('model, expected', [
-    ('evo_levit_cls_256', 'is an official Evo-DeiT, the model cannot be evo_levit_cls_256'),
+    ('evo_levit_cls_256', 'is an official Evo-DeiT, so the model cannot be evo_levit_cls_256'),
     ('deit_tiny_patch16_224', 'the model cannot be deit_tiny_patch16_224'),
     ('evo_deit_huge', 'the model cannot be evo_deit_huge. It can be one of: evo_deit_base_patch16_224, '),
     ('evo_deit_tiny_distilled_patch16_224', 'It can be one of: evo_deit_base_patch16_224, evo_deit_base_patch16_384, '
@@ -217,7 +217,7 @@ def test_an_argument_that_the_model_does_not_take(argument, expected, deit, tmp_
     ('evo_deit_a', lambda weights: weights.update({'vs.3.v.weight': torch.zeros(24, 5)}),
      'missing: blocks.3.attn.qkv.weight'),
     ('evo_deit_a', lambda weights: weights.update({'head.weight': torch.tensor(1.)}), r'wrong shape: head.weight \(\)'),
-    ('evo_deit_a', lambda weights: weights.update({3: torch.zeros(1)}), 'holds no state dict'),
+    ('evo_deit_a', lambda weights: weights.update({3: torch.zeros(1)}), 'has no state dict'),
     ('evo_levit_a', lambda weights: weights.update({'blocks.x.y': torch.zeros(1)}), 'surplus: blocks.x.y'),
     ('evo_levit_a', lambda weights: weights.update({'blocks.3': torch.zeros(1)}), 'surplus: blocks.3 '),
     ('evo_levit_a', lambda weights: weights.pop('blocks.1.m2.m.0.c.weight'),
@@ -236,13 +236,13 @@ def test_entries_that_are_missing_or_have_other_names(name, change, expected, tm
 
 @pytest.mark.parametrize('content, expected', [
     (None, 'There is no checkpoint'),
-    (b'', 'cannot be read as a checkpoint, it is damaged or another kind of file (EOFError).'),
+    (b'', 'cannot be read as a checkpoint: it is damaged or another kind of file (EOFError).'),
     (b'hello garbage', 'cannot be read as a checkpoint'),
-    (b'PK\5\6' + bytes(18), 'is no checkpoint'),  # an empty zip file
-    (b'not a checkpoint at all', 'is no checkpoint'),
-    ({'epoch': 3}, 'holds no state dict'),
-    ({'model': {}}, 'holds no state dict'),
-    ({'model': timm.create_model('test_vit').state_dict()}, 'Not the state dict of an official Evo-ViT'),
+    (b'PK\5\6' + bytes(18), 'is not a checkpoint'),  # an empty zip file
+    (b'not a checkpoint at all', 'is not a checkpoint'),
+    ({'epoch': 3}, 'has no state dict'),
+    ({'model': {}}, 'has no state dict'),
+    ({'model': timm.create_model('test_vit').state_dict()}, 'This is not the state dict of an official Evo-ViT'),
 ])
 def test_other_files(content, expected, tmp_path):
     if isinstance(content, bytes):

@@ -244,7 +244,7 @@ def test_a_folder_that_is_there_twice_is_refused(call, images):
 def test_other_settings_than_those_of_the_run_before_are_refused(call, images, resumed, options, name):
     options = [option.replace('OTHER', str(images / 'a')) for option in options]
     message = call('--output', str(resumed[0]), *options)
-    assert f'has {name} = ' in message and 'Take another --output' in message
+    assert f'has {name} = ' in message and 'Use another --output' in message
 
 
 @pytest.mark.slow

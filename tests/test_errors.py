@@ -106,7 +106,7 @@ def test_attentions_that_cannot_be_evolved_are_named():
 
 def test_models_that_cannot_be_evolved_are_named_and_left_alone():
     model = nn.Linear(2, 2)
-    with pytest.raises(TypeError, match='Linear cannot be evolved, it has no attention'):
+    with pytest.raises(TypeError, match='Linear cannot be evolved, because it has no attention'):
         evolve(model)
     dense = timm.create_model('test_vit')
     with pytest.raises(ValueError, match='start_block=6'):

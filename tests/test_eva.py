@@ -290,7 +290,7 @@ def test_a_second_head_on_the_class_token():
     pooled, of_class = model.train()(images)
     torch.testing.assert_close(model.eval()(images), (pooled + of_class) / 2)
     assert len(model.get_classifier()) == 2
-    with pytest.raises(ValueError, match='class_head=True is not allowed, it needs a class token and global_pool'):
+    with pytest.raises(ValueError, match='class_head=True is not allowed: it needs a class token and global_pool'):
         build(**KINDS['rope'], class_head=True)
 
 
@@ -313,7 +313,7 @@ def test_subclasses_keep_what_they_change():
     torch.testing.assert_close(evolved(images), expected)
     evolved.set_evolution(keep_ratio=0.5)
     torch.testing.assert_close(evolved(images), evolved.forward_head(evolved.forward_features(images)))
-    with pytest.raises(TypeError, match="OwnForward cannot be evolved, its forward_features .* not that of timm's Eva"):
+    with pytest.raises(TypeError, match="OwnForward cannot be evolved, because it overrides .*_features of timm's Eva"):
         timm_evo.evolve(OwnForward(**SMALL))
 
 

@@ -345,7 +345,7 @@ def test_a_saved_model_has_the_arguments_as_they_were_set(tmp_path):
 
 
 def test_a_model_that_would_be_dense_again_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match='evolve has made of test_vit would be loaded as dense'):
+    with pytest.raises(ValueError, match='would load this model as the dense test_vit'):
         hub.save(evolve(timm.create_model('test_vit')), tmp_path / 'model')
     assert not list(tmp_path.iterdir())
 
@@ -354,8 +354,8 @@ def test_a_dense_model_is_not_saved_as_an_evolved_one(tmp_path):
     dense, evolved = (timm.create_model(name, img_size=48) for name in ('test_vit', 'evo_test_vit'))
     for model, message in {
         dense: "VisionTransformer is not evolved. timm's save_for_hf and push_to_hf_hub write a dense model",
-        nn.Sequential(evolved): 'Sequential is not evolved, it has an evolved model as `.0`: take that',
-        torch.compile(evolved): 'OptimizedModule is not evolved, it has an evolved model as `._orig_mod`: take that',
+        nn.Sequential(evolved): 'Sequential is not evolved, but its submodule `.0` is: use that one',
+        torch.compile(evolved): 'OptimizedModule is not evolved, but its submodule `._orig_mod` is: use that one',
     }.items():
         with pytest.raises(TypeError, match=message):
             hub.save(model, tmp_path / 'model')
@@ -401,7 +401,7 @@ def test_a_model_without_a_dense_twin_is_restored_to_what_it_was_built_from(tmp_
 
 
 def test_a_model_that_timm_has_not_created_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match='EvoVisionTransformer .* has no name'):
+    with pytest.raises(ValueError, match='cannot load EvoVisionTransformer again, because'):
         hub.save(evolve(VisionTransformer(**SMALL)), tmp_path / 'model')
 
 
@@ -425,11 +425,11 @@ def test_a_compiled_model_is_compiled_once_more():
 
 
 @pytest.mark.parametrize('name, reason', [
-    ('resnet18', 'ResNet cannot be evolved, it has no attention, and so no tokens to select'),
-    ('beit_base_patch16_224', 'Beit cannot be evolved, its attention has biases by relative position'),
+    ('resnet18', 'ResNet cannot be evolved, because it has no attention and no tokens to select'),
+    ('beit_base_patch16_224', 'Beit cannot be evolved, because its attention has biases by relative position'),
     ('vit_relpos_small_patch16_224', 'VisionTransformerRelPos cannot .* biases by relative position'),
     ('swin_tiny_patch4_window7_224', 'SwinTransformer cannot .* biases by relative position'),
-    ('naflexvit_base_patch16_gap', "NaFlexVit cannot be evolved, its forward pass is not that of timm's"),
+    ('naflexvit_base_patch16_gap', "NaFlexVit cannot be evolved, because its forward pass is not that of timm's"),
 ])
 def test_refused_by_name_with_the_reason(name, reason):
     model = timm.create_model(name)
@@ -441,10 +441,10 @@ def test_refused_by_name_with_the_reason(name, reason):
 
 
 def test_other_refusals():
-    with pytest.raises(TypeError, match='OwnForward cannot be evolved, its forward_features is its own'):
+    with pytest.raises(TypeError, match='OwnForward cannot be evolved, because it overrides forward_features'):
         evolve(OwnForward(**SMALL))
     model = evolve(VisionTransformer(**SMALL))
-    with pytest.raises(TypeError, match='EvoVisionTransformer is evolved already, its set_evolution'):
+    with pytest.raises(TypeError, match='EvoVisionTransformer is evolved already. Use its set_evolution'):
         evolve(model)
     with pytest.raises(TypeError, match='VisionTransformer is not evolved'):
         restore(restore(model))
@@ -460,7 +460,7 @@ def test_other_refusals():
     lambda model: timm.create_model('test_vit', features_only=True),
 ], ids=['compiled', 'parallel', 'features'])
 def test_a_wrapped_model_is_evolved_before(wrap):
-    with pytest.raises(TypeError, match='cannot be evolved, but the VisionTransformer in it can'):
+    with pytest.raises(TypeError, match='cannot be evolved, but its submodule .* can, a VisionTransformer'):
         evolve(wrap(VisionTransformer(**SMALL)))
 
 

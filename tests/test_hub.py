@@ -326,7 +326,7 @@ def test_weights_that_are_no_safetensors_are_taken_too(hub, client, dense, tmp_p
 
 def test_a_model_without_weights_asks_for_none(hub, client, tmp_path):
     failed = client.fail('evo_levit_cls_128s', cache_dir=tmp_path)
-    assert 'the Hugging Face Hub has no weights of it' in failed.message
+    assert 'the Hugging Face Hub has no weights for it' in failed.message
     assert not [request for request in hub.log if '/resolve/' in request.path]
 
 
@@ -366,7 +366,7 @@ def test_damaged_weights_are_an_error_that_names_them_and_are_not_kept(client, s
     damage(served)
     failed = client.fail('evo_test_vit', cache_dir=tmp_path)
     assert f'evo_test_vit could not be loaded from {REPOSITORY}' in failed.message
-    assert ('was damaged, and was removed from the cache' in failed.message) == (damage in BEYOND_THE_CLIENT)
+    assert ('was damaged and was removed from the cache' in failed.message) == (damage in BEYOND_THE_CLIENT)
     assert blobs(tmp_path) == []
     heal(served)
     assert_equal(client.pull('evo_test_vit', cache_dir=tmp_path).weights, load_file(dense / WEIGHTS))
@@ -391,7 +391,7 @@ def test_weights_that_cannot_be_read_any_more_are_removed_from_the_cache(hub, cl
     blob, = tmp_path.glob('models--*/blobs/*')
     blob.write_bytes(content[:len(content) // 2])
     failed = client.fail('evo_test_vit', cache_dir=tmp_path)
-    assert 'was damaged, and was removed from the cache' in failed.message and REPOSITORY in failed.message
+    assert 'was damaged and was removed from the cache' in failed.message and REPOSITORY in failed.message
     assert blobs(tmp_path) == []
     assert_equal(client.pull('evo_test_vit', cache_dir=tmp_path).weights, load_file(dense / WEIGHTS))
 
@@ -627,7 +627,7 @@ def test_a_folder_that_is_a_link_stays_one(small, tmp_path):
 
 def test_a_model_is_replaced_by_force_alone_and_other_files_by_nothing(small, tmp_path):
     evolved_hub.save(small, tmp_path)
-    with pytest.raises(FileExistsError, match='only force .* replaces it'):
+    with pytest.raises(FileExistsError, match='Use force .* to replace it'):
         evolved_hub.save(timm.create_model('evo_test_vit'), tmp_path)
     assert_saved(small, tmp_path)
     (tmp_path / 'thesis.tex').write_text('years of work')

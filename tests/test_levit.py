@@ -495,7 +495,7 @@ def test_a_subclass_keeps_its_own_parts():
 
 def test_what_is_learned_is_not_set():
     model = create('evo_levit_cls_128s')
-    with pytest.raises(ValueError, match=r'tradeoff=0.2 cannot be set, it is learned'):
+    with pytest.raises(ValueError, match=r'tradeoff=0.2 cannot be set, because it is learned'):
         model.set_evolution(tradeoff=0.2)
     weights = dict(model.named_parameters())
     model.set_evolution(keep_ratio=0.7)
@@ -517,7 +517,7 @@ def test_other_refusals():
         restore(create('evo_levit_cls_128s'))
     with pytest.raises(ValueError, match='class_token=True is not allowed'):
         evolve(create('levit_128s'), class_token=True)
-    with pytest.raises(ValueError, match=r'levit_conv_128s cannot be evolved, its projections .* levit_128s\.'):
+    with pytest.raises(ValueError, match=r'levit_conv_128s cannot be evolved, because its projections .* levit_128s\.'):
         evolve(timm.create_model('levit_conv_128s'))
     with pytest.raises(ValueError, match='class_head=True is not allowed'):
         evolve(Levit(128, **SMALL), class_head=True)

@@ -233,10 +233,10 @@ print('keep_ratio' in getattr(model, '_model_args', {{}}))
         'evo_foo is not evolved.',
         f"timm has no model foo. The {len(NAMES) - 4} evolved ones are in timm.list_models('evo_*').",
         'deit_tiny_patch16_224 is not evolved.',
-        "VisionTransformer is not evolved. timm's save_for_hf and push_to_hf_hub write a dense model; an evolved one "
-        "is made by timm.create_model('evo_*').",
-        'A model that evolve has made of evo_foo would be loaded as dense as it was created. Restore it and save it as '
-        "evo_foo, by timm's save_for_hf or push_to_hf_hub.",
+        "VisionTransformer is not evolved. timm's save_for_hf and push_to_hf_hub write a dense model; "
+        "timm.create_model('evo_*') creates an evolved one.",
+        'timm would load this model as the dense evo_foo, because it was created dense and then evolved. Restore it '
+        "and save it with timm's save_for_hf or push_to_hf_hub.",
         'False']
     assert not list(tmp_path.iterdir())
 

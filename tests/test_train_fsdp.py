@@ -179,7 +179,7 @@ def call(images, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('processes, options, message', [
-    (None, [], 'start it by torchrun'),
+    (None, [], 'start this with torchrun'),
     (5, [], '--batch-size must be a multiple of 10, and at most the 39 images'),
     (2, ['--batch-size', '40'], '--batch-size must be a multiple of 4, and at most the 39 images'),
     (2, ['--data-dir', 'nowhere'], 'there is no nowhere/train'),
@@ -190,7 +190,7 @@ def test_a_wrong_argument_is_refused_with_the_reason(call, processes, options, m
 
 
 def test_other_arguments_than_those_of_the_checkpoint_are_refused(call, uninterrupted):
-    assert 'has lr = 0.005, not 0.1. Take another --output' in call(1, '--output', str(uninterrupted), '--lr', '0.1')
+    assert 'has lr = 0.005, not 0.1. Use another --output' in call(1, '--output', str(uninterrupted), '--lr', '0.1')
 
 
 @pytest.mark.slow

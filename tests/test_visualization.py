@@ -284,17 +284,17 @@ def zipped() -> bytes:
 @pytest.mark.parametrize('name, content, expected', [
     ('missing', ..., 'There is no checkpoint .*missing'),
     ('folder.pth', None, 'There is no checkpoint .*folder.pth'),
-    ('empty.pth', b'', r'empty.pth cannot be read as a checkpoint, it is damaged or another kind of file \(EOFError\)'),
+    ('empty.pth', b'', r'empty.pth cannot be read as a checkpoint: it is damaged or another kind of file \(EOFError\)'),
     ('empty.safetensors', b'', 'cannot be read as a checkpoint'),
     ('text.txt', b'hello garbage', 'cannot be read as a checkpoint'),
-    ('noise.pth', b'\xff' * 100, 'was refused, and nothing in it was run'),
+    ('noise.pth', b'\xff' * 100, 'was refused and no code in it was run'),
     ('noise.safetensors', b'\xff' * 100, 'cannot be read as a checkpoint'),
     ('archive.zip', zipped(), 'cannot be read as a checkpoint'),
-    ('pickled.pth', pickle.dumps({'a': 1}), 'was refused, and nothing in it was run'),
-    ('module.pth', torch.nn.Linear(2, 2), 'nothing in it was run: .* other objects than weights .*Linear'),
-    ('numbers.pth', {'epoch': {'loss': 1.}}, 'holds no state dict, neither bare nor as state_dict_ema or '),
-    ('list.pth', [torch.zeros(1)], 'holds no state dict'),
-    ('nothing.pth', {'state_dict': {}}, 'holds no state dict'),
+    ('pickled.pth', pickle.dumps({'a': 1}), 'was refused and no code in it was run'),
+    ('module.pth', torch.nn.Linear(2, 2), 'no code in it was run: .* other objects than weights .*Linear'),
+    ('numbers.pth', {'epoch': {'loss': 1.}}, 'has no state dict, neither directly nor under the key state_dict_ema '),
+    ('list.pth', [torch.zeros(1)], 'has no state dict'),
+    ('nothing.pth', {'state_dict': {}}, 'has no state dict'),
     ('other.pth', {'layer.weight': torch.zeros(2)}, r'does not fit evo_vit_.*: missing: cls_token .* and \d+ more'),
     ('other.safetensors', {'layer.weight': torch.zeros(2)}, r'does not fit evo_vit_.*: missing: cls_token'),
 ])
@@ -316,8 +316,8 @@ def test_a_checkpoint_that_is_cut_off_or_of_other_classes_is_refused(photo, chec
     (tmp_path / 'cut.safetensors').write_bytes((tmp_path / 'model.safetensors').read_bytes()[:1000])
     torch.save(weights | {'head.weight': torch.zeros(7, 48), 'head.bias': torch.zeros(7)}, tmp_path / 'classes.pth')
     for name, expected in {
-        'cut.pth': 'cannot be read as a checkpoint, it is damaged',
-        'cut.safetensors': 'cannot be read as a checkpoint, it is damaged',
+        'cut.pth': 'cannot be read as a checkpoint: it is damaged',
+        'cut.safetensors': 'cannot be read as a checkpoint: it is damaged',
         'classes.pth': r'wrong shape: head.weight \(7, 48\), the model has \(1000, 48\); wrong shape: head.bias .*\)\.',
     }.items():
         assert re.search(expected, message(

@@ -1,6 +1,6 @@
-""" The authors' checkpoints
+""" Conversion of the authors' checkpoints
 
-From the files and names of https://github.com/YifanXu74/Evo-ViT to timm's models.
+Files and names are those of https://github.com/YifanXu74/Evo-ViT.
 """
 import argparse
 import pathlib
@@ -22,9 +22,9 @@ from .models import levit, vision_transformer
 from .models.base import architecture
 from .models.registry import is_evolved
 
-# What training scripts keep beside the weights. Everything else but tensors and plain containers is refused.
+# Classes of what training scripts store beside the weights. Others are refused, except tensors and plain containers.
 _HARMLESS_CLASSES = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]
-# what the architecture needs to compute what the authors' does at inference
+# settings with which the models compute the same as the authors' at inference
 _SETTINGS: dict[str, dict[str, Any]] = {
     'DeiT': dict(keep_ratio=0.5, selection='stage', global_pool='avg', fast_update=False),
     'LeViT': dict(keep_ratio=0.5, selection='stage', class_token=True, learn_tradeoff=True),
@@ -32,13 +32,13 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 _CLASSES = {'DeiT': vision_transformer.EvoVisionTransformer, 'LeViT': levit.EvoLevit}
 _HEADS = {'DeiT': 'head.weight', 'LeViT': 'head.l.weight'}
 
-# official name -> name here; the projections of queries and keys (`qks`) and of values (`vs`) are joined beside
+# official name -> name here; `_from_official_deit` joins the projections of queries and keys (`qks`) and values (`vs`)
 _DEIT_NAMES: list[tuple[str, str]] = [
     (r'norms\.(\d+)\.', r'blocks.\1.norm1.'),
     (r'projs\.(\d+)\.', r'blocks.\1.attn.proj.'),
     (r'norm\.', r'fc_norm.'),
 ]
-# official name -> name here, once `blocks.N` stands for what it is here
+# official name -> name here, after `_from_official_levit` has replaced `blocks.N`
 _LEVIT_NAMES: list[tuple[str, str]] = [
     (r'patch_embed\.0\.', r'stem.conv1.'),
     (r'patch_embed\.2\.', r'stem.conv2.'),
@@ -62,11 +62,11 @@ def from_official(
         class_head: bool = True,
         learn_tradeoff: bool = True,
 ) -> dict[str, Tensor]:
-    """Map the state dict of an official Evo-ViT onto the models here.
+    """Rename the state dict of an official Evo-ViT for the models here.
 
-    DeiT: the model to load it into has `global_pool='avg'` and, to compute the same, `fast_update=False`. LeViT: it has
-    `class_token=True`, as the models `evo_levit_cls_*`. The authors train with heads on the class token and leave them
-    out at inference.
+    A DeiT needs a model with `global_pool='avg'`, and with `fast_update=False` to compute the same. A LeViT needs
+    `class_token=True`, as in the models `evo_levit_cls_*`. The authors train with heads on the class token and do not
+    use these at inference.
 
     Args:
         state_dict: The official model's state dict.
@@ -74,8 +74,7 @@ def from_official(
         learn_tradeoff: Keep the learned trade-offs of LeViT, for a model with `learn_tradeoff=True`.
 
     Returns:
-        State dict of the model here; tensors are shared where they need not be joined. What has no place in it keeps
-        its name.
+        State dict of the model here. Tensors are shared unless they are joined. Unknown entries keep their names.
 
     Raises:
         ValueError: The names are not those of an official Evo-ViT.
@@ -87,34 +86,34 @@ def from_official(
 
 
 def read_official(file: str | Path, use_ema: bool = False) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint file, and run nothing that is in it.
+    """Read the weights of a checkpoint file without running any code from it.
 
     Args:
-        file: What `torch.save` has written of a state dict, or of a dictionary that has it at 'model' or 'model_ema',
-            as the authors' scripts do; or a safetensors file.
-        use_ema: Take the averaged weights ('model_ema'). They are taken in any case where there are no others.
+        file: A file of `torch.save` with a state dict, or with a dictionary that has it under 'model' or 'model_ema',
+            as the authors' scripts write it; or a safetensors file.
+        use_ema: Read the averaged weights ('model_ema'). If there are no others, they are read in any case.
 
     Returns:
         State dict with the names of the file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read, holds objects that are no weights, or no state dict.
+        ValueError: The file cannot be read, has other objects than weights, or has no state dict.
     """
     return _read(Path(file), ('model_ema', 'model') if use_ema else ('model', 'state_dict', 'model_ema'))
 
 
 def load_weights(model: nn.Module, file: str | Path) -> None:
-    """Load a checkpoint file as timm writes it, averaged weights first as timm does, and run nothing that is in it.
+    """Load a checkpoint file of timm without running any code from it; as in timm, averaged weights are preferred.
 
     Args:
         model: The model to load it into.
-        file: What `torch.save` has written of a state dict, or of a dictionary that has one, as timm's scripts do; or a
-            safetensors file.
+        file: A file of `torch.save` with a state dict, or with a dictionary that has one, as timm's scripts write it;
+            or a safetensors file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read, holds objects that are no weights, or no weights of this model.
+        ValueError: The file cannot be read, has other objects than weights, or does not fit the model.
     """
     state_dict = _read(Path(file), ('state_dict_ema', 'model_ema', 'state_dict', 'model'))
     try:
@@ -132,22 +131,22 @@ def load_official(
         use_ema: bool = False,
         **model_kwargs,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the model of an official checkpoint, with the settings that it needs, and load the weights.
+    """Build the model for an official checkpoint, with the settings that it needs, and load the weights.
 
     Args:
         file: The checkpoint, see `read_official`.
         model_name: An `evo_deit_*` or `evo_levit_cls_*` model of the same size.
         use_ema: Take the averaged weights.
-        **model_kwargs: Arguments of the model that differ from the settings of the published models.
+        **model_kwargs: Arguments of the model that differ from the settings of the authors' models.
 
     Returns:
-        The model in evaluation mode, without the heads that are left out at inference.
-        The arguments that `timm.create_model` got for it.
+        The model in evaluation mode, without the heads that are not used at inference.
+        The arguments with which `timm.create_model` has created it.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file cannot be read; there is no such model; it does not take the arguments; or the weights do
-            not fit it. The message lists what does not fit, or what is allowed.
+            not fit it. The message lists the misfits, or what is allowed.
     """
     return build_official(read_official(file, use_ema=use_ema), model_name, model_kwargs)
 
@@ -157,13 +156,13 @@ def build_official(
         model_name: str,
         model_kwargs: dict[str, Any],
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the model of an official state dict, see `load_official`."""
+    """Build the model for an official state dict, see `load_official`."""
     family = _official_family(state_dict)
     models = timm.list_models(f'evo_{family.lower()}_*', exclude_filters='*_distilled_*')
     models = [name for name in models if is_evolved(name)]
     if model_name.partition('.')[0] not in models:
         raise ValueError(
-            f'The checkpoint is an official Evo-{family}, the model cannot be {model_name}. It can be one of: '
+            f'The checkpoint is an official Evo-{family}, so the model cannot be {model_name}. It can be one of: '
             f'{", ".join(models)}.')
     names = _CLASSES[family].argument_names()
     if unknown := sorted(model_kwargs.keys() - set(names)):
@@ -184,7 +183,7 @@ def build_official(
 
 
 def _read(file: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
-    """The state dict that a file has at the first of these keys, or that it is; nothing in the file is run."""
+    """The state dict of a file: under the first of these keys that it has, or all of it. No code in it is run."""
     if not file.is_file():
         raise FileNotFoundError(f'There is no checkpoint {file}.')
     try:
@@ -196,18 +195,18 @@ def _read(file: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         found = re.search(r'GLOBAL \S+', str(error))
         raise ValueError(
-            f'{file} was refused, and nothing in it was run: it is no checkpoint, or holds other objects than weights'
+            f'{file} was refused and no code in it was run: it is not a checkpoint, or has other objects than weights'
             f'{f" ({found[0]})" if found else ""}.') from error
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file can cause any error
         raise ValueError(
-            f'{file} cannot be read as a checkpoint, it is damaged or another kind of file ({reason(error, 120)}).'
+            f'{file} cannot be read as a checkpoint: it is damaged or another kind of file ({reason(error, 120)}).'
         ) from error
 
     if isinstance(content, dict):
         content = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
     if not isinstance(content, dict) or not content or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        raise ValueError(f'{file} holds no state dict, neither bare nor as {" or ".join(keys)}.')
+        raise ValueError(f'{file} has no state dict, neither directly nor under the key {" or ".join(keys)}.')
     return clean_state_dict(content)
 
 
@@ -229,7 +228,7 @@ def _official_family(state_dict: dict[str, Tensor]) -> str:
     if 'qks.0.qk.weight' in state_dict:
         return 'DeiT'
     raise ValueError(
-        'Not the state dict of an official Evo-ViT, it has neither qks.0.qk.weight (DeiT) nor '
+        'This is not the state dict of an official Evo-ViT: it has neither qks.0.qk.weight (DeiT) nor '
         'blocks.0.m1.m.qkv.c.weight (LeViT).')
 
 
@@ -245,14 +244,14 @@ def _from_official_deit(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if match := re.fullmatch(r'qks\.(\d+)\.qk\.(weight|bias)', name):
             block, kind = match.groups()
             v = state_dict.get(f'vs.{block}.v.{kind}')
-            if v is not None and qk.shape[1:] == v.shape[1:]:  # else both stay, which is what will not fit
+            if v is not None and qk.shape[1:] == v.shape[1:]:  # otherwise both remain and are reported as misfits
                 del out_dict[name], out_dict[f'vs.{block}.v.{kind}']
                 out_dict[f'blocks.{block}.attn.qkv.{kind}'] = torch.cat([qk, v])
     return out_dict
 
 
 def _from_official_levit(state_dict: dict[str, Tensor], learn_tradeoff: bool) -> dict[str, Tensor]:
-    # One sequence holds the blocks of all stages and, between them, an attention that downsamples and its MLP.
+    # One sequence has the blocks of all stages and, between stages, a downsampling attention and its MLP.
     places = {}
     stage = block = 0
     for i in sorted({int(match[1]) for match in map(_LEVIT_BLOCK.match, state_dict) if match}):
@@ -267,7 +266,7 @@ def _from_official_levit(state_dict: dict[str, Tensor], learn_tradeoff: bool) ->
 
     out_dict = {}
     for name, value in state_dict.items():
-        # everything in `stage_blocks` stands in `blocks`, too
+        # everything in `stage_blocks` is in `blocks`, too
         if name.startswith('stage_blocks.') or name.endswith('learn_tradeoff') and not learn_tradeoff:
             continue
         name = _LEVIT_BLOCK.sub(lambda match: f'{places[int(match[1])]}.', name)

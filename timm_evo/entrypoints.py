@@ -1,10 +1,10 @@
-""" Import this to register the models, and to have raised what would only be warned of
+""" Import this to register the models with errors raised, not only warned of
 
-They are registered in `models.registry` while timm is being imported, by the thread that does so. What `registry`
-imports must not import timm on its own: a thread that is at that, holding the lock of a module, and waits for timm
-would be waited for by the thread that imports timm. Python then goes on with the module half done, and without the
-models.
+The thread that imports timm also imports `models.registry`, which registers the models. Modules that `registry` imports
+must not import timm: another thread could hold the lock of such a module and wait for timm, while the thread that
+imports timm waits for that lock. Python resolves such a deadlock by a partly initialized module, and the models would
+be missing.
 """
-import timm  # noqa: F401  # before the module that it imports
+import timm  # noqa: F401  # before `registry`, which the import of timm imports
 
 from .models.registry import *  # noqa: F403

@@ -1,10 +1,10 @@
-""" What an error of another library says """
+""" Short text for errors of other libraries """
 import textwrap
 import traceback
 
 
 def reason(error: Exception, width: int = 600) -> str:
-    """Type and text of an error on one line, cut at a width; an assertion without a text is its own best one."""
+    """Type and text of an error on one line of limited width; for an assertion without a text, its source line."""
     text = textwrap.shorten(str(error), width, placeholder=' ...')
     if not text and isinstance(error, AssertionError):
         text = traceback.extract_tb(error.__traceback__)[-1].line or ''

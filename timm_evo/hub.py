@@ -1,7 +1,7 @@
 """ Evolved models as folders and repositories of the Hugging Face Hub
 
-timm writes and reads them. What is added here is a model card that says how tokens are evolved, and that a model is in
-its folder as a whole or not at all.
+timm writes and reads them. This module adds a model card with the settings of the evolution, and never leaves an
+incomplete model in a folder.
 """
 import os
 from contextlib import suppress
@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
+import timm  # noqa: F401  # before its parts: a thread that imports timm may wait for the lock of one
 from timm.models._hub import generate_readme, push_to_hf_hub, save_for_hf
 from torch import nn
 
@@ -20,7 +20,7 @@ from .models.registry import is_evolved
 
 __all__ = ['model_card', 'push', 'save']
 
-_FILES = ('model.safetensors', 'README.md', 'config.json')  # the last makes a model of the others
+_FILES = ('model.safetensors', 'README.md', 'config.json')  # timm loads no folder without the last one
 _CITATION = """@inproceedings{xu2022evo,
   title     = {Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer},
   author    = {Xu, Yifan and Zhang, Zhijie and Zhang, Mengdan and Sheng, Kekai and Li, Ke and Dong, Weiming and Zhang, Liqing and Xu, Changsheng and Sun, Xing},
@@ -34,14 +34,14 @@ def model_card(model: nn.Module, name: str) -> dict[str, Any]:
 
     Args:
         model: A model of `timm.create_model('evo_*')`.
-        name: What `timm.create_model` is called with to get it from where the card will be.
+        name: Name by which `timm.create_model` will load the model, with `hf-hub:` or `local-dir:`.
 
     Returns:
-        The parts that timm's `generate_readme` puts together.
+        The parts from which timm's `generate_readme` makes the card.
 
     Raises:
         TypeError: The model is dense, or wraps an evolved one.
-        ValueError: The model was dense when it was created, and would be so again; or timm has not created it.
+        ValueError: The model was created dense, so that timm would load it as dense; or timm has not created it.
     """
     model = _check_created_evolved(model)
     begins, keep_ratio, _, tradeoff = model.schedule
@@ -87,31 +87,30 @@ def save(
 ) -> Path:
     """Write an evolved model as a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` loads.
 
-    All files are written inside the folder, into a hidden one, and take their places when they are complete,
-    config.json last. A model that is replaced loses its config.json first. So what the folder has while this runs, or
-    after it has failed, is the model from before, no model for want of a config.json, or the new one, and never files
-    of two models that load as one.
+    All files are first written to a hidden folder inside the folder. The config.json of a model that is replaced is
+    then removed, and the new files are moved to their places, config.json last. So during the call, or after a failure,
+    the folder has the old model, the new model, or no config.json. Files of two models never load as one model.
 
     Args:
-        model: A model of `timm.create_model('evo_*')`. It is as it was afterwards.
-        folder: Where to: config.json, model.safetensors and README.md. It may be there, and be a symbolic link. Hidden
-            files in it are left alone.
-        model_args: Arguments that the model was created with beside those of evolution, for a timm that does not note
-            them itself.
-        force: Replace what such a folder had in it.
+        model: A model of `timm.create_model('evo_*')`. It is unchanged afterwards.
+        folder: Folder for config.json, model.safetensors and README.md. It may exist, and may be a symbolic link.
+            Hidden files in it are kept.
+        model_args: Arguments with which the model was created, without those of evolution. Only an older timm needs
+            them; a newer one stores them in the model.
+        force: Replace the model in the folder.
 
     Returns:
         The folder.
 
     Raises:
         TypeError: The model is dense, or wraps an evolved one.
-        ValueError: The model was dense when it was created, and would be so again; or timm has not created it.
-        FileExistsError: The folder has a model in it and `force` is not set, or other files that are not hidden.
+        ValueError: The model was created dense, so that timm would load it as dense; or timm has not created it.
+        FileExistsError: The folder has a model and `force` is not set, or it has other files that are not hidden.
     """
     model = _check_created_evolved(model)
     folder = Path(folder).absolute()
     check_free(folder, force)
-    name = os.path.basename(os.path.abspath(folder))  # of `.` and `..`, too
+    name = os.path.basename(os.path.abspath(folder))  # `.` and `..` have a name, too
     card = generate_readme(model_card(model, f'local-dir:{name}'), name)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,14 +123,14 @@ def save(
                 os.replace(Path(parts, file), folder / file)
     except BaseException:
         if is_new:
-            with suppress(OSError):  # somebody else has written to it
+            with suppress(OSError):  # another process has written to it
                 folder.rmdir()
         raise
     return folder
 
 
 def check_free(folder: Path, force: bool) -> None:
-    """Refuse a folder that `save` would not write, see there."""
+    """Raise an error if `save` may not write to a folder."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -140,7 +139,7 @@ def check_free(folder: Path, force: bool) -> None:
     if others := sorted(visible.difference(_FILES)):
         raise FileExistsError(f'{folder} has other files than those of a model, such as {others[0]}.')
     if visible and not force:
-        raise FileExistsError(f'{folder} has a model already ({min(visible)}), only force (--force) replaces it.')
+        raise FileExistsError(f'{folder} has a model already ({min(visible)}). Use force (--force) to replace it.')
 
 
 def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = None) -> str:
@@ -149,15 +148,15 @@ def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = Non
     Args:
         model: A model of `timm.create_model('evo_*')`.
         repo_id: User and name of the repository.
-        model_args: Arguments that the model was created with beside those of evolution, for a timm that does not note
-            them itself.
+        model_args: Arguments with which the model was created, without those of evolution. Only an older timm needs
+            them; a newer one stores them in the model.
 
     Returns:
         The commit, which `hf-hub:user/name@commit` loads.
 
     Raises:
         TypeError: The model is dense, or wraps an evolved one.
-        ValueError: The model was dense when it was created, and would be so again; or timm has not created it.
+        ValueError: The model was created dense, so that timm would load it as dense; or timm has not created it.
     """
     model = _check_created_evolved(model)
     return push_to_hf_hub(
@@ -170,9 +169,9 @@ def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = Non
 
 
 def _plain_arguments(model: EvolvedModel, model_args: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Make plain values, for JSON, of the arguments that a newer timm has noted as they were given, and of these.
+    """Convert `model_args` to plain values, for JSON, and also the arguments that a newer timm stores in the model.
 
-    For an older timm, which notes none, those of evolution are added.
+    For an older timm, which stores none, those of evolution are added.
     """
     if hasattr(model, '_model_args'):
         model._model_args = plain(model._model_args)
@@ -182,20 +181,20 @@ def _plain_arguments(model: EvolvedModel, model_args: dict[str, Any] | None) -> 
 
 
 def _check_created_evolved(model: nn.Module) -> EvolvedModel:
-    """Refuse what would not be loaded as it is."""
+    """Raise an error if timm would not load the model as it is now."""
     name = type(model).__name__
     if not isinstance(model, EvolvedModel):
         path, _ = find_evolved(model)
         raise TypeError(
-            f'{name} is not evolved, it has an evolved model as `.{path}`: take that.' if path else
-            f"{name} is not evolved. timm's save_for_hf and push_to_hf_hub write a dense model; an evolved one is made "
-            "by timm.create_model('evo_*').")
+            f'{name} is not evolved, but its submodule `.{path}` is: use that one.' if path else
+            f"{name} is not evolved. timm's save_for_hf and push_to_hf_hub write a dense model; "
+            "timm.create_model('evo_*') creates an evolved one.")
     if not hasattr(model, 'pretrained_cfg'):
-        raise ValueError(f'{name} cannot be loaded by timm, it has no name: timm.create_model has not made it.')
+        raise ValueError(f'timm cannot load {name} again, because timm.create_model has not created it.')
     if not is_created_evolved(model):
         dense = model.dense_architecture
         raise ValueError(
-            f'A model that evolve has made of {dense} would be loaded as dense as it was created. ' + (
+            f'timm would load this model as the dense {dense}, because it was created dense and then evolved. ' + (
                 f'Create evo_{dense} and load the weights into it.' if is_evolved(f'evo_{dense}') else
-                f"Restore it and save it as {dense}, by timm's save_for_hf or push_to_hf_hub."))
+                "Restore it and save it with timm's save_for_hf or push_to_hf_hub."))
     return model

@@ -1,9 +1,9 @@
-""" What torch has no public name for
+""" Private names of torch that the library needs
 
-A release of torch may rename each of these. So no other module of the library says them, and
-`tests/test_torch_private.py` fails by the name that has gone. What is overridden stands in its class: `_apply`,
-`_load_from_state_dict`, `_get_name` and `__jit_ignored_attributes__` of `nn.Module`, and `TorchDispatchMode` of
-`torch.utils._python_dispatch`, which is a base class; they are tested there, too.
+A release of torch may rename each of them. So no other module uses them, and `tests/test_torch_private.py` fails with
+the name that is missing. Exceptions are names that classes override, `_apply`, `_load_from_state_dict`, `_get_name` and
+`__jit_ignored_attributes__` of `nn.Module`, and the base class `TorchDispatchMode` of `torch.utils._python_dispatch`.
+The test covers them, too.
 """
 import copy
 from typing import TypeVar
@@ -19,37 +19,34 @@ __all__ = [
     'WithoutTorchFunction', 'children', 'has_global_hooks', 'has_hooks', 'is_compiled', 'is_in_backward', 'is_plain',
     'is_transformed', 'num_writes', 'own_names', 'own_parameters', 'shallow_copy', 'share_buffers']
 
-# within it, a tensor of a subclass is taken for the plain one that it is
+# a context in which a tensor of a subclass is treated as a plain tensor
 WithoutTorchFunction = torch._C.DisableTorchFunctionSubclass
 
 _Module = TypeVar('_Module', bound=nn.Module)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether there are hooks on the module itself. torch adds and removes them, and lists them nowhere."""
+    """Whether there are hooks on the module itself, which no public function of torch lists."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def has_global_hooks() -> bool:
-    """Whether there are hooks on all modules, as by `register_module_forward_hook`; likewise."""
+    """Whether there are hooks on all modules, as from `register_module_forward_hook`."""
     return bool(
         _global._global_forward_hooks or _global._global_forward_pre_hooks
         or _global._global_backward_hooks or _global._global_backward_pre_hooks)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a call of the module runs compiled code, after `module.compile()` or as `torch.compile(module)`.
-
-    No public function tells.
-    """
+    """Whether a call of the module runs compiled code, after `module.compile()` or as `torch.compile(module)`."""
     return module._compiled_call_impl is not None or '_orig_mod' in module._modules
 
 
 def children(module: nn.Module) -> list[nn.Module]:
-    """The modules right within.
+    """The direct submodules.
 
-    `nn.Module.children` fails while another thread adds one, and is slower, which the forward pass would feel.
+    `nn.Module.children` fails while another thread adds one, and is too slow for the forward pass.
     """
     if not module._modules:
         return []
@@ -62,19 +59,19 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter | None]:
 
 
 def own_names(module: nn.Module) -> list[str]:
-    """Names of what is registered in the module itself, also of what is None, which torch's iterators leave out."""
+    """Names of the module's own parameters, buffers and submodules; torch's iterators omit those that are None."""
     return [*module._parameters, *module._buffers, *module._modules]
 
 
 def share_buffers(module: nn.Module, other: nn.Module) -> bool:
-    """Whether one is a shallow copy of the other: they have the same buffers then, also after one gets new ones."""
+    """Whether one module is a shallow copy of the other: they also share buffers that are registered later."""
     return module._buffers is other._buffers
 
 
 def shallow_copy(module: _Module) -> _Module:
     """A copy with the same parameters, buffers and modules, whose modules can be replaced.
 
-    `copy.copy` leaves the dictionary of the modules to both.
+    After `copy.copy` alone, both share the dictionary of the modules.
     """
     module = copy.copy(module)
     module._modules = module._modules.copy()
@@ -82,21 +79,21 @@ def shallow_copy(module: _Module) -> _Module:
 
 
 def is_in_backward() -> bool:
-    """Whether this thread runs a backward pass, in which a checkpoint calls modules once more."""
+    """Whether this thread runs a backward pass, in which checkpointing calls modules again."""
     return torch._C._current_graph_task_id() != -1
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is no tensor of a subclass, but for those without values that show what would be computed."""
+    """Whether the tensor is of no subclass; `FakeTensor`, which has no values, counts as plain."""
     return type(tensor) in (Tensor, FakeTensor)
 
 
-@torch.compiler.assume_constant_result  # what is compiled is compiled anew within other transforms
+@torch.compiler.assume_constant_result  # torch compiles again within other transforms
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` is at work, or gradients in forward mode."""
+    """Whether a transform of `torch.func` or forward-mode differentiation is active."""
     return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def num_writes(tensor: Tensor) -> int:
-    """How often torch has written to a tensor in place; not for a tensor of inference mode."""
+    """Number of in-place writes to a tensor, which torch does not count for a tensor of inference mode."""
     return tensor._version

@@ -1,1 +1,1 @@
-""" What the commands of the folder above share """
+""" Common parts of the benchmarks """

@@ -1,4 +1,4 @@
-""" Arguments that the commands of this folder share """
+""" Common arguments of the benchmarks """
 import argparse
 import difflib
 from pathlib import Path
@@ -19,10 +19,10 @@ def positive_int(text: str) -> int:
 
 
 def timed_device(text: str) -> torch.device:
-    """A device as an argument of a command; becomes the current one, whose events `time_step` records."""
+    """A device as an argument of a command; it becomes the current device, whose events `time_step` records."""
     try:
         device = torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError where torch has no CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError if torch has no CUDA
         raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from error
     if device.type not in ('cpu', 'cuda'):
         raise argparse.ArgumentTypeError(f'only cpu and cuda can be timed, not {device.type}')
@@ -39,7 +39,7 @@ def output_file(text: str) -> Path:
 
 
 class CollectKwargs(argparse.Action):
-    """Makes a dictionary of what `key_value` gives."""
+    """Collects the results of `key_value` in a dictionary."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         setattr(namespace, self.dest, dict(values))
@@ -95,26 +95,26 @@ def add_how(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_and_check(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse what `add_models` and `add_how` have added, refuse what cannot work, and set the number of threads."""
+    """Parse the arguments of `add_models` and `add_how`, check that they work together, and set the threads."""
     args = parser.parse_args()
     if 'img_size' in args.model_kwargs:
-        parser.error('--model-kwargs are for the evolved models alone, use --img-size or --img-sizes')
+        parser.error('--model-kwargs are for the evolved models only. Use --img-size or --img-sizes.')
     if args.reparam and args.train:
-        parser.error('--reparam fuses layers for inference, it cannot go with --train')
+        parser.error('--reparam fuses layers for inference, so it cannot be used with --train')
     known = timm.list_models()
     for name in args.models:
         if name not in known:
             close = difflib.get_close_matches(name, known)
             parser.error(f'unknown model {name!r}' + (f', did you mean {" or ".join(close)}?' if close else ''))
         if dense_twin(name) not in known:
-            parser.error(f'{name} has no dense twin in timm, use another model and another image size')
+            parser.error(f'{name} has no dense twin in timm. Use another model and another image size.')
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return args
 
 
 def choose_how(args: argparse.Namespace) -> dict:
-    """Arguments of `measuring.prepare`, but for the batch size."""
+    """Arguments of `measuring.prepare` without the batch size."""
     return {
         'device': args.device,
         'dtype': DTYPES[args.dtype],
@@ -126,7 +126,7 @@ def choose_how(args: argparse.Namespace) -> dict:
 
 
 def describe_how(args: argparse.Namespace) -> dict:
-    """The same for JSON, with the arguments of the evolved models."""
+    """The settings of `choose_how` for JSON, with the arguments of the evolved models."""
     return {
         **{key: getattr(args, key) for key in ('dtype', 'train', 'compile', 'channels_last', 'reparam')},
         'device': args.device.type,

@@ -1,4 +1,4 @@
-""" What a measurement was made with, for the files in `results/` """
+""" The environment of a measurement, for the files in `results/` """
 import hashlib
 import os
 import platform
@@ -18,7 +18,7 @@ def describe_environment(device: torch.device | None = None) -> dict:
     """Machine, versions, date and command line; no host name and no paths.
 
     Args:
-        device: Where models ran, if any did.
+        device: Device that models ran on, if any.
     """
     machine = {
         'processor': _processor(),
@@ -50,7 +50,7 @@ def summarise_environment(environment: dict) -> str:
 
 
 def library_fingerprint() -> str:
-    """Changes with the code of timm_evo, which its version does not."""
+    """A hash that changes with the code of timm_evo, unlike its version."""
     digest = hashlib.sha256()
     folder = Path(timm_evo.__file__).parent
     for file in sorted(folder.rglob('*.py')):
@@ -59,7 +59,7 @@ def library_fingerprint() -> str:
 
 
 def _command_line() -> str:
-    # an absolute path, alone or after `--option=`, keeps only its last part
+    # of an absolute path, alone or after `--option=`, only the last part is kept
     args = [re.sub(r'(^|=)/.*/', r'\1', arg) for arg in sys.argv[1:]]
     return shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *args])
 

@@ -1,7 +1,7 @@
 """ Time, memory and arithmetic of models, measured side by side
 
-All models run in one process, one batch each per round, in an order that alternates from round to round, so that
-whatever else the machine does slows all of them. Ratios are medians of the ratios within each round.
+All models run in one process, one batch each per round, in an order that alternates from round to round, so that other
+load on the machine slows all of them. Ratios are medians of the ratios within each round.
 """
 import gc
 import os
@@ -24,14 +24,14 @@ from timm_evo import count_gmacs
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 NUM_WARMUP = 3
-LATENCY_ROUNDS = 5  # times as many as of batches, because one image is short
+LATENCY_ROUNDS = 5  # times as many rounds as for batches, because one image takes little time
 
-if not torch.cuda.is_available():  # torch.profiler would say so at each use, in the middle of a progress bar
+if not torch.cuda.is_available():  # torch.profiler would warn of it at each use, in the middle of a progress bar
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')
 
 
 def dense_twin(name: str) -> str:
-    """The dense model that `name` is compared with; a dense model is its own."""
+    """The dense model that `name` is compared with; for a dense model, the model itself."""
     return name.removeprefix('evo_').replace('levit_cls_', 'levit_')
 
 
@@ -40,11 +40,11 @@ class Variant:
     """A model with arguments, one row of the results.
 
     Attributes:
-        label: Its name in the results, unlike all others.
+        label: Its name in the results, which is unique.
         model: Model name.
         kwargs: Arguments of `timm.create_model`.
         dense: Label of the variant that it is compared with.
-        build: Makes the model, where it is not timm's; `model` then is the one of timm that takes the same images.
+        build: Function that makes the model, if it is not timm's; `model` then is one of timm with the same input.
     """
     label: str
     model: str
@@ -54,11 +54,11 @@ class Variant:
 
 
 class Through(nn.Module):
-    """A model that is run by another one of its methods than `forward`.
+    """A model that is run by another method than `forward`.
 
     Args:
         model: The model.
-        run: What to do with it and images.
+        run: Function of the model and images that runs it.
     """
 
     def __init__(self, model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
@@ -76,13 +76,13 @@ def with_twins(
         evolution_kwargs: dict | None = None,
         each: list[dict] | None = None,
 ) -> list[Variant]:
-    """The models to run: each of `names` once, evolved ones right after their dense twins.
+    """The models to run: each of `names` once, evolved ones directly after their dense twins.
 
     Args:
         names: Evolved and dense models.
-        img_size: Of all of them, their own if None.
+        img_size: Image size of all of them; their own if None.
         evolution_kwargs: Arguments of the evolved ones.
-        each: Each evolved model with each of these arguments, too, under a label that says so.
+        each: Each evolved model is run once with each of these further arguments, which are in its label.
     """
     shared = {} if img_size is None else {'img_size': img_size}
     evolutions = {
@@ -122,14 +122,14 @@ def build_model(
 
 
 class Step:
-    """What is timed: a batch through a model, in training with an update of its weights for random targets.
+    """The step that is timed: a batch through a model, in training with an update of the weights for random targets.
 
     Args:
-        model: In evaluation mode, on the device of `batch`.
+        model: Model in evaluation mode, on the device of `batch`.
         batch: Images.
         train: Whether to train with AdamW.
-        compile_mode: One of `COMPILE_MODES`, not compiled if None.
-        autocast: What to compute in, as mixed precision does, that of the weights if None.
+        compile_mode: One of `COMPILE_MODES`; not compiled if None.
+        autocast: Dtype of mixed precision; no mixed precision if None.
     """
 
     def __init__(
@@ -140,24 +140,24 @@ class Step:
             compile_mode: str | None,
             autocast: torch.dtype | None,
     ) -> None:
-        # evaluation mode is not set anew, because LeViT then forgets the biases that a compilation has seen
+        # evaluation mode is not set again, because this clears the biases of a LeViT that compiled code has cached
         self.model = model.train() if train else model
         self.batch = batch
         self.autocast = torch.autocast(batch.device.type, dtype=autocast, enabled=autocast is not None)
-        # None leaves the choice to PyTorch, which does not take the fused one by itself
+        # with None PyTorch chooses, and it never chooses the fused one
         fused = True if batch.device.type == 'cuda' else None
         self.optimizer = torch.optim.AdamW(model.parameters(), fused=fused) if train else None
         self.compile_mode = compile_mode
         if compile_mode is None:
             self.forward = model
         else:
-            # Static shapes, because models of several sizes share one `forward`, which would turn the sizes dynamic; a
-            # full graph, because a break or too many compilations of it would quietly run the rest uncompiled.
+            # Static shapes, because models of several sizes share one `forward`, whose sizes would become dynamic.
+            # A full graph, because after a graph break or too many compilations the rest would run uncompiled.
             self.forward = torch.compile(model, fullgraph=True, dynamic=False, mode=compile_mode)
 
     def __call__(self) -> None:
         if self.compile_mode is not None:
-            # CUDA graphs would take the next model for the rest of this step, and keep this one's outputs for it
+            # without this, CUDA graphs would treat the next model as a part of this step and keep the outputs
             torch.compiler.cudagraph_mark_step_begin()
         if self.optimizer is None:
             with torch.inference_mode(), self.autocast:
@@ -169,10 +169,10 @@ class Step:
             loss = cross_entropy(logits, targets)
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad()  # at the end, so that no gradient waits, in memory, for the model's next turn
+        self.optimizer.zero_grad()  # at the end, so that no gradients stay in memory until the model's next turn
 
     def num_bytes_held(self) -> int:
-        """What stays in memory between steps: weights, buffers, optimizer state and the batch."""
+        """Bytes that stay in memory between steps: weights, buffers, optimizer state and the batch."""
         tensors = [*self.model.parameters(), *self.model.buffers(), self.batch]
         if self.optimizer is not None:
             tensors += [tensor for state in self.optimizer.state.values() for tensor in state.values()]
@@ -183,7 +183,7 @@ def time_step(step: Step) -> float:
     """Seconds that one step takes, on the clock of the device it runs on."""
     if step.batch.device.type == 'cuda':
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()  # what is still running would hide the time that the CPU needs to launch kernels
+        torch.cuda.synchronize()  # running kernels would hide the time that the CPU needs for launches
         start.record()
         step()
         end.record()
@@ -197,14 +197,13 @@ def time_step(step: Step) -> float:
 def measure_memory(step: Step) -> int:
     """Bytes in use at the peak of a model's second step.
 
-    Counted is what the model holds between steps (weights, buffers, batch, and in training the optimizer's state,
-    which the first step has made), and on top of it the most that PyTorch's allocator has given to this step at any
-    time: activations, gradients, temporary tensors. On CUDA that is the allocator's own count of the peak, on a CPU
-    the running sum of what the profiler sees allocated and freed. Not counted: other models, memory that an allocator
-    keeps without using it, biases that LeViT caches, and what libraries (oneDNN, OpenMP, cuBLAS between steps) take for
-    themselves.
+    This is the sum of two parts. One is what the model keeps between steps: weights, buffers, batch, and in training
+    the optimizer's state, which the first step has made. The other is the most that PyTorch's allocator has given to
+    this step at any time: activations, gradients, temporary tensors. On CUDA this is the peak that the allocator
+    counts, on a CPU the running sum of allocations in the profiler. Not counted are other models, memory that an
+    allocator keeps without using it, cached biases of LeViT, and memory of libraries (oneDNN, OpenMP, cuBLAS).
 
-    It is the second step because CUDA graphs are recorded then; replayed, they do without the allocator.
+    It is the second step, because CUDA graphs are recorded in it; replayed graphs do not use the allocator.
     """
     if step.batch.device.type == 'cuda':
         torch.cuda.synchronize()
@@ -232,18 +231,18 @@ def prepare(
         channels_last: bool = False,
         reparam: bool = False,
 ) -> tuple[dict[str, Step], dict[str, dict]]:
-    """A step of each variant, and its arithmetic cost, under its label; what an earlier call compiled is forgotten.
+    """A step of each variant, and its arithmetic cost, by label. Compiled code of earlier calls is discarded.
 
     Args:
-        variants: What to run.
-        device: Where.
-        dtype: Of weights and images.
-        autocast: What to compute in, as mixed precision does, that of the weights if None.
+        variants: Variants to run.
+        device: Device to run on.
+        dtype: Dtype of weights and images.
+        autocast: Dtype of mixed precision; no mixed precision if None.
         batch_size: Images per step.
         train: Whether a step trains.
-        compile_mode: One of `COMPILE_MODES`, not compiled if None.
+        compile_mode: One of `COMPILE_MODES`; not compiled if None.
         channels_last: Memory format of weights and images.
-        reparam: Whether to fuse what timm can fuse for inference, such as the batch norms of LeViT.
+        reparam: Whether to fuse layers that timm can fuse for inference, such as the batch norms of LeViT.
     """
     if compile_mode is not None:
         torch.compiler.reset()
@@ -268,12 +267,12 @@ def prepare(
 
 
 def measure(variants: list[Variant], *, rounds: int, **how) -> dict[str, dict]:
-    """Cost, peak memory of a step, and seconds per batch in each round of each variant, under its label.
+    """Cost, peak memory of a step, and seconds per batch in each round of each variant, by label.
 
     Args:
-        variants: What to run.
+        variants: Variants to run.
         rounds: Timed batches of each.
-        **how: As for `prepare`.
+        **how: Arguments of `prepare`.
     """
     steps, results = prepare(variants, **how)
     with tqdm(total=(NUM_WARMUP + rounds) * len(steps), unit='batch') as progress:
@@ -298,7 +297,7 @@ def measure(variants: list[Variant], *, rounds: int, **how) -> dict[str, dict]:
 def summarise(variants: list[Variant], results: dict[str, dict], batch_size: int) -> dict[str, dict]:
     """Medians, quartiles and ratios to the dense twin; larger ratios are faster, cheaper and smaller.
 
-    `flop_limit_share` is the share that the ratio of throughputs has reached of that of multiply-accumulates.
+    `flop_limit_share` is the ratio of throughputs divided by the ratio of multiply-accumulates.
     """
     summary = {}
     for variant in variants:

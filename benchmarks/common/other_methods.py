@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
 from torch import nn
 
-# What the modules import for other ends than their models, and what is not there any more.
+# What the modules import, but do not need for their models, or what does not exist any more.
 NOT_NEEDED = ('torchprofile', 'tensorboardX', 'torch._six')
 
 WithTome = Callable[[VisionTransformer, int], nn.Module]
@@ -30,7 +30,7 @@ def clone(text: str) -> Path:
 
 @contextmanager
 def isolated_import(folder: Path) -> Iterator[None]:
-    """Import from a folder what shall not stay: neither its modules' plain names nor what they register in timm."""
+    """Import from a folder for a while; afterwards its modules are not in `sys.modules`, nor its models in timm."""
     before = set(sys.modules)
     absent = {name: MagicMock() for name in NOT_NEEDED}
     sys.path.insert(0, str(folder))
@@ -55,16 +55,16 @@ def import_from(folder: Path, name: str) -> ModuleType:
 
 
 def _check_blocks(model: VisionTransformer) -> None:
-    """Both write timm's attention and blocks out as they were years ago, and would run some of today's wrongly."""
+    """Check that a model is one that ToMe and EViT compute correctly; both copy attention and blocks of an old timm."""
     if type(model) is not VisionTransformer:
         raise ValueError(f'it is a {type(model).__name__}')
     for block in model.blocks:
         if type(block) is not Block or type(block.attn) is not Attention:
-            raise ValueError('its blocks are others')
+            raise ValueError("its blocks are not timm's Block")
         attn = block.attn
         if not all(isinstance(norm, (nn.Identity, type(None))) for norm in (
                 attn.q_norm, attn.k_norm, getattr(attn, 'norm', None), getattr(attn, 'gate', None))):
-            raise ValueError('its attention normalises or gates')
+            raise ValueError('its attention has norms or a gate')
         if not (isinstance(block.ls1, nn.Identity) and isinstance(block.ls2, nn.Identity)):
             raise ValueError('its blocks have LayerScale')
     if model.num_prefix_tokens != 1 or not model.has_class_token:
@@ -75,8 +75,8 @@ def load_tome(folder: Path) -> WithTome:
     """ToMe, https://github.com/facebookresearch/ToMe.
 
     Returns:
-        A function that gives ToMe to a model of timm, in place, and has it merge a number of tokens in each block. It
-        raises ValueError, with the reason, for a model that ToMe's code would run wrongly.
+        A function that adds ToMe to a model of timm, in place, with a number of tokens to merge in each block. It
+        raises ValueError, with the reason, for a model that ToMe's code would compute wrongly.
     """
     tome = import_from(folder, 'tome.patch.timm')
 
@@ -92,9 +92,9 @@ def load_evit(folder: Path) -> WithEvit:
     """EViT, https://github.com/youweiliang/evit.
 
     Returns:
-        A function that makes an EViT like a model of timm, with its very parameters, and has it keep a share of the
-        tokens after a quarter, a half and three quarters of the blocks, and fuse the others. It raises ValueError,
-        with the reason, for a model that EViT's code cannot be.
+        A function that makes an EViT with the architecture and the parameters of a model of timm. It keeps a share of
+        the tokens after a quarter, a half and three quarters of the blocks, and fuses the others. It raises ValueError,
+        with the reason, for a model that EViT's code does not support.
     """
     evit = import_from(folder, 'evit')
 
@@ -122,14 +122,14 @@ def load_evit(folder: Path) -> WithEvit:
         try:
             reduced.load_state_dict(model.state_dict(keep_vars=True), assign=True)
         except RuntimeError as error:
-            raise ValueError(f'its parameters are others. {" ".join(str(error).split())}') from error
+            raise ValueError(f'its parameters differ. {" ".join(str(error).split())}') from error
         return reduced.train(model.training)
     return with_evit
 
 
 @torch.no_grad()
 def fold_layer_scale(model: VisionTransformer) -> VisionTransformer:
-    """Multiply what LayerScale multiplies into the linear layers before it, in place; the model computes the same."""
+    """Merge LayerScale into the linear layers before it, in place; the model computes the same."""
     for block in model.blocks:
         if type(block) is not Block or not hasattr(block.mlp, 'fc2'):
             continue

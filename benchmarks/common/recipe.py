@@ -1,7 +1,7 @@
-""" Recipes of `accuracy.py`: YAML files that say what is trained, and how
+""" Recipes of `accuracy.py`: YAML files with the models to train and the options
 
-    train:     options of timm's train.py, as in the YAML that its --config takes
-    seeds:     of every variant, unless it has its own
+    train:     options of timm's train.py, as in the YAML file of its --config
+    seeds:     seeds of every variant that has none of its own
     variants:  label: {model: ..., model_kwargs: {...}, seeds: [...], and other options of train.py}
 
 `layerwise_share` of a variant is the share of its updates with layer-wise selection; it becomes the model's argument
@@ -23,7 +23,7 @@ PLACES = (
     'data', 'data_dir', 'train_split', 'val_split', 'output', 'experiment', 'seed', 'device', 'workers', 'resume',
     'start_epoch', 'checkpoint_hist',
 )
-# options of train.py that tables and titles give once for all variants
+# options of train.py that must be the same for all variants, and are in tables and titles
 SHARED = ('epochs', 'batch_size', 'amp', 'amp_dtype')
 # options of train.py that change the number of batches in an epoch, which `layerwise_share` counts
 OTHER_BATCHES = ('dataset', 'epoch_repeats', 'train_batches_per_epoch', 'train_img_sizes', 'naflex_loader')
@@ -36,7 +36,7 @@ class Entry:
     Attributes:
         label: Its name.
         options: Options of train.py, `model` and `model_kwargs` among them, without `layerwise_updates`.
-        seeds: One training each.
+        seeds: Seeds, with one training each.
         layerwise_share: Share of the updates with layer-wise selection.
     """
     label: str
@@ -65,11 +65,11 @@ class Entry:
 
 
 def parse_options(script: Path, options: dict) -> argparse.Namespace:
-    """The arguments that train.py makes of `options`, by its own parser; it would not mind an unknown name."""
+    """The arguments that the parser of train.py makes of `options`; unknown names are an error only here."""
     parser = runpy.run_path(str(script))['parser']
     unknown = sorted(set(options) - set(vars(parser.parse_args([]))))
     if unknown:
-        raise SystemExit(f'the recipe has what train.py does not know: {", ".join(unknown)}')
+        raise SystemExit(f'the recipe has options that train.py does not know: {", ".join(unknown)}')
     parser.set_defaults(**options)
     return parser.parse_args([])
 
@@ -79,8 +79,8 @@ def read_recipe(path: Path, seeds: list[int] | None, epochs: int | None) -> list
 
     Args:
         path: YAML file.
-        seeds: Instead of those of the recipe.
-        epochs: Instead of those of the recipe.
+        seeds: Seeds instead of those of the recipe.
+        epochs: Epochs instead of those of the recipe.
     """
     try:
         recipe = yaml.safe_load(path.read_text())
@@ -107,13 +107,13 @@ def read_recipe(path: Path, seeds: list[int] | None, epochs: int | None) -> list
 
 def _check(entry: Entry) -> None:
     if not re.fullmatch(r'\w[\w.=-]*', entry.label):
-        raise SystemExit(f'{entry.label!r} cannot be the name of a folder, take letters, digits, and . _ = -')
+        raise SystemExit(f'{entry.label!r} cannot be the name of a folder. Use letters, digits, and . _ = -')
     if 'model' not in entry.options:
         raise SystemExit(f'{entry.label} has no model')
     if not 0 <= entry.layerwise_share <= 1:
         raise SystemExit(f'{entry.label}: layerwise_share must be in [0, 1], not {entry.layerwise_share}')
     if 'layerwise_updates' in entry.options.get('model_kwargs', {}):
-        raise SystemExit(f'{entry.label}: layerwise_updates depends on the images, set layerwise_share instead')
+        raise SystemExit(f'{entry.label}: layerwise_updates depends on the images. Set layerwise_share instead.')
     refused = [name for name in (*PLACES, *OTHER_BATCHES) if name in entry.options]
     if refused:
         raise SystemExit(f'{entry.label}: a recipe cannot set {", ".join(refused)}')

@@ -1,4 +1,4 @@
-""" Files in `results/`, and the images that a benchmark looks at """
+""" Files in `results/`, and the images of a benchmark """
 import argparse
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 
 from .environment import describe_environment, summarise_environment
 
-if TYPE_CHECKING:  # not all that write tables draw
+if TYPE_CHECKING:  # not every command needs matplotlib
     from matplotlib.figure import Figure
 
 SUFFIXES = ('.json', '.md', '.png')
@@ -19,18 +19,18 @@ SUFFIXES = ('.json', '.md', '.png')
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place when it is whole."""
+    """A temporary file to write to, which replaces `path` when it is complete."""
     part = path.with_name(f'.{path.stem}.part{path.suffix}')
     yield part
     os.replace(part, path)
 
 
 def results_prefix(text: str) -> Path:
-    """What comes before the suffixes of the results, as an argument of a command."""
+    """Path of the results without suffixes, as an argument of a command."""
     path = Path(text)
     if path.suffix in SUFFIXES or not path.parent.is_dir() or path.is_dir():
         raise argparse.ArgumentTypeError(
-            f'{text!r} is not the beginning, without {", ".join(SUFFIXES)}, of files in an existing folder')
+            f'{text!r} is not the path of files in an existing folder, without {", ".join(SUFFIXES)}')
     return path
 
 
@@ -51,7 +51,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def write_json(prefix: Path, record: dict) -> None:
-    """Write PREFIX.json as a whole."""
+    """Write PREFIX.json, which is replaced only when it is complete."""
     with replacing(prefix.with_name(prefix.name + '.json')) as part:
         part.write_text(json.dumps(record, indent=2) + '\n')
 
@@ -64,16 +64,16 @@ def write_results(
         figure: 'Figure',
         environment: dict | None = None,
 ) -> str:
-    """Write JSON, table and plot, each as a whole; returns the table with its title and what it was measured with.
+    """Write JSON, table and plot; returns the table with its title and a line about the environment.
 
     Args:
-        prefix: What comes before the suffixes.
-        title: Of table and plot.
+        prefix: Path without suffixes.
+        title: Title of table and plot.
         table: Markdown.
-        record: What goes to JSON beside the environment; its `settings` have `device`, `dtype`, maybe `autocast`,
-            `batch_size` (one or several) and `rounds`.
+        record: Content of the JSON file without the environment; its `settings` have `device`, `dtype`, maybe
+            `autocast`, `batch_size` (one or several) and `rounds`.
         figure: The plot.
-        environment: What it was measured with, as `describe_environment` gives it; as it is now if None.
+        environment: Result of `describe_environment` during the measurement; the current one if None.
     """
     settings = record['settings']
     environment = environment or describe_environment(torch.device(settings['device']))
@@ -90,7 +90,7 @@ def write_results(
 
 
 def find_validation_split(data_dir: Path) -> str:
-    """The folder of validation images; timm would take all images of `data_dir` where it finds none."""
+    """The folder of validation images. Without this check, timm would use all images of `data_dir` if there is none."""
     if not (data_dir / 'train').is_dir():
         raise SystemExit(f'--data-dir: there is no folder train in {data_dir}')
     for split in ('validation', 'val', 'test'):

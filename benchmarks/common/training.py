@@ -1,4 +1,4 @@
-""" One training with timm's train.py, as a process of its own that can be interrupted and resumed """
+""" One training with timm's train.py, in its own process, which can be interrupted and resumed """
 import io
 import subprocess
 import sys
@@ -23,9 +23,9 @@ class Training:
     Attributes:
         label: Name of the variant.
         seed: Random seed.
-        num_epochs: Epochs when it is finished.
-        recipe: All that decides how it ends: options of train.py, and what is known of the images.
-        folder: Where train.py writes.
+        num_epochs: Number of epochs of the whole training.
+        recipe: Everything that determines the result: options of train.py, and the description of the images.
+        folder: Output folder of train.py.
     """
     label: str
     seed: int
@@ -34,11 +34,11 @@ class Training:
     folder: Path
 
     def summary(self) -> pd.DataFrame:
-        """One row per epoch that train.py has finished, as far as whole lines go."""
+        """One row per epoch that train.py has finished, without an incomplete last line."""
         file = self.folder / 'summary.csv'
         text = file.read_text() if file.exists() else ''
         lines = text[:text.rfind('\n') + 1] or 'epoch,eval_top1\n'
-        # a resumed train.py writes the header once more, and perhaps an epoch that lost its checkpoint
+        # a resumed train.py writes the header again, and perhaps an epoch whose checkpoint was lost
         rows = pd.read_csv(io.StringIO(lines), dtype=str, on_bad_lines='skip').apply(pd.to_numeric, errors='coerce')
         return rows.dropna(subset=['epoch', 'eval_top1']).drop_duplicates('epoch', keep='last').sort_values('epoch')
 
@@ -50,13 +50,13 @@ class Training:
         return self.epochs_done() == self.num_epochs
 
     def check_recipe(self) -> None:
-        """Refuse a folder that was made with another recipe; note the recipe in a new one."""
+        """Exit if the folder was made with another recipe; write the recipe to a new folder."""
         file = self.folder / 'recipe.yaml'
         if file.exists() or (self.folder / 'summary.csv').exists():
             before = yaml.safe_load(file.read_text()) if file.exists() else {}
             if before != self.recipe:
                 raise SystemExit(
-                    f'{self.folder} was made with another recipe, take another --output or remove it:\n'
+                    f'{self.folder} was made with another recipe. Use another --output or remove it:\n'
                     + '\n'.join(_differences(before, self.recipe)))
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ class Training:
         checkpoint = self.folder / 'last.pth.tar'
         if checkpoint.exists():
             options['resume'] = str(checkpoint)
-        else:  # interrupted in its first epoch, or left by someone: train.py would append to it
+        else:  # from a run that was interrupted in its first epoch, for example: train.py would append to it
             (self.folder / 'summary.csv').unlink(missing_ok=True)
         config = self.folder / 'config.yaml'
         config.write_text(yaml.safe_dump(options))
@@ -100,13 +100,13 @@ class Training:
                 process.terminate()
                 process.wait()
         report()
-        # when interrupted by a signal, train.py says that all went well
+        # train.py also returns 0 when a signal has interrupted it
         if process.returncode != 0 or not self.is_finished():
             with open(log_file) as log:
                 tail = ''.join(deque(log, maxlen=LOG_TAIL))
             raise SystemExit(
                 f'\n{tail}\ntrain.py ended with exit status {process.returncode} after {self.epochs_done()} of '
-                f'{self.num_epochs} epochs of {self.label}, seed {self.seed}; the above is the end of {log_file}')
+                f'{self.num_epochs} epochs of {self.label}, seed {self.seed}. The text above is the end of {log_file}.')
 
 
 def _differences(before: dict, now: dict, prefix: str = '') -> list[str]:

@@ -1,1 +1,1 @@
-""" The steps of `on_gpu.py`, one in a file """
+""" The steps of `on_gpu.py` """

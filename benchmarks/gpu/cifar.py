@@ -1,8 +1,8 @@
 """ Step 'cifar': CIFAR-10 from scratch with images that stay on the GPU, dense and evolved, several seeds
 
-DeiT-T's width and depth at 32 pixels, patch 4, so 64 patches; mixed precision in bfloat16, AdamW, one cycle of the
-learning rate, flips, shifts and label smoothing. What the models decide on all test images is what counts; several
-trainings share the GPU, so their seconds are no measure of speed.
+Models have DeiT-T's width and depth, 32 pixels and patches of 4 pixels, so 64 patches. They are trained with mixed
+precision in bfloat16, AdamW, one cycle of the learning rate, flips, shifts and label smoothing. The result is top-1 on
+all test images. Several trainings share the GPU, so their seconds do not measure speed.
 """
 import json
 import sys
@@ -28,7 +28,7 @@ from .settings import DENSE
 STEP = 'cifar'
 LAYER_TO_STAGE, SIMILARITY = 'layer-to-stage', 'similarity'
 VARIANTS = (DENSE, LAYER_TO_STAGE, SIMILARITY)
-LAYERWISE_SHARE = 2 / 3  # of the updates, as the authors train
+LAYERWISE_SHARE = 2 / 3  # of the updates, as in the authors' training
 SEEDS = (0, 1, 2)
 EPOCHS, BATCH, LEARNING_RATE = 30, 512, 1.5e-3
 QUICK_EPOCHS, QUICK_BATCH = 1, 8
@@ -37,7 +37,7 @@ MODEL, PIXELS, PATCH, SHIFT = 'deit_tiny_patch16_224', 32, 4, 4
 
 
 def read_split(folder: Path) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, 32, 32) in bytes and classes (N,) of a folder with a folder of images for each class."""
+    """Images (N, 3, 32, 32) as bytes and classes (N,), from a folder with one folder of images per class."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     files = [(file, label) for label, name in enumerate(names) for file in sorted((folder / name).iterdir())]
 
@@ -70,7 +70,7 @@ def build(variant: str, num_updates: int, num_classes: int) -> nn.Module:
 
 @torch.inference_mode()
 def top1(model: nn.Module, images: Tensor, labels: Tensor, normalise: Callable[[Tensor], Tensor]) -> float:
-    """Percent of images whose class is found."""
+    """Top-1 accuracy in percent."""
     model.eval()
     with torch.autocast(images.device.type, torch.bfloat16):
         right = sum(
@@ -80,7 +80,7 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, normalise: Callable[[
 
 
 def train(variant: str, seed: int, data: dict[str, tuple[Tensor, Tensor]], quick: bool) -> dict:
-    """One training; what its weights know, also when they are dense again."""
+    """One training; its top-1, also that of the same weights after `restore`."""
     images, labels = data['train']
     device = images.device
     epochs, batch = (QUICK_EPOCHS, QUICK_BATCH) if quick else (EPOCHS, BATCH)
@@ -116,7 +116,7 @@ def train(variant: str, seed: int, data: dict[str, tuple[Tensor, Tensor]], quick
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (3,) of bytes, without all of them as floats at a time."""
+    """Mean and standard deviation (3,) of bytes, without converting all of them to floats at once."""
     parts = [part.float() for part in images.split(5000)]
     mean = torch.stack([part.sum(dim=(0, 2, 3)) for part in parts]).sum(dim=0) / (images.numel() / 3)
     squares = torch.stack([part.square().sum(dim=(0, 2, 3)) for part in parts]).sum(dim=0) / (images.numel() / 3)
@@ -124,7 +124,7 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def find_runs(known: list[dict], quick: bool) -> Iterator[tuple[str, int]]:
-    """Trainings that are missing, all variants of a seed before the next seed."""
+    """Trainings that are missing; all variants of a seed come before the next seed."""
     done = {(record['variant'], record['seed']) for record in known if record['kind'] == 'trained'}
     for seed in SEEDS[:1] if quick else SEEDS:
         for variant in VARIANTS:
@@ -133,14 +133,14 @@ def find_runs(known: list[dict], quick: bool) -> Iterator[tuple[str, int]]:
 
 
 def measure(job: Job, known: list[dict], images: Path, seconds: float, report: Callable[[], None]) -> None:
-    """Train what is missing, some side by side, as far as the time goes.
+    """Do the missing trainings, some of them in parallel, until the time is over.
 
     Args:
-        job: Of this run.
-        known: Records that can be compared with.
+        job: Job of this run.
+        known: Records that are comparable with this run.
         images: Folder with train/ and test/.
-        seconds: That it may take.
-        report: Called again and again.
+        seconds: Time limit.
+        report: Called repeatedly.
     """
     end = time.monotonic() + seconds
     waiting, running = list(find_runs(known, job.quick)), []

@@ -1,4 +1,4 @@
-""" Steps 'scripts', 'tests' and 'frozen': other commands, of which the end is noted """
+""" Steps 'scripts', 'tests' and 'frozen': other commands, with the end of their output as result """
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,14 +12,14 @@ from .jobs import POLL, ROOT, Job, Process
 MODEL = ['--model', 'evo_deit_tiny_patch16_224']
 SMALL_IMAGES = ['--amp', '--amp-dtype', 'bfloat16', '--img-size', 32, '--model-kwargs', 'img_size=32', 'patch_size=4']
 CUT = ['depth=3', 'embed_dim=48', 'num_heads=3']
-# Of what computes: the others take too long, or have nothing to do with a device.
+# Tests of what computes on a device. The others take too long, or do not depend on the device.
 TESTS = ('kernel', 'cuda', 'similarity', 'method', 'faithful', 'short_block')
 FEW_TESTS = ('config',)
-SAID = 300  # letters of the end of what a command says
+SAID = 300  # last characters of a command's output
 
 
 def fake_images(folder: Path) -> Path:
-    """Ten classes of noise in the place of CIFAR-10, to try a step."""
+    """Ten classes of noise instead of CIFAR-10, to try a step."""
     noise = np.random.default_rng(0)
     for split, number in (('train', 4), ('test', 2)):
         for label in range(10):
@@ -31,7 +31,7 @@ def fake_images(folder: Path) -> Path:
 
 
 def of_scripts(job: Job, scripts: Path, images: Path) -> dict[str, list]:
-    """timm's train.py and validate.py by their names, on CIFAR-10, for an epoch."""
+    """Commands, by name, of timm's train.py and validate.py on CIFAR-10, for one epoch."""
     output = Path(job.folder) / 'train'
     shared = [
         '--data-dir', images, *MODEL, '--num-classes', 10, *SMALL_IMAGES, *(CUT if job.quick else []), '--batch-size',
@@ -47,7 +47,7 @@ def of_scripts(job: Job, scripts: Path, images: Path) -> dict[str, list]:
 
 
 def of_tests(job: Job) -> dict[str, list]:
-    """pytest, if it is there, on those of the tests that compute."""
+    """pytest, if it is installed, on the tests that compute on a device."""
     if find_spec('pytest') is None:
         return {}
     names = FEW_TESTS if job.quick else TESTS
@@ -57,13 +57,13 @@ def of_tests(job: Job) -> dict[str, list]:
 
 
 def of_frozen(job: Job, prefix: str, data: dict[str, list], clones: list) -> dict[str, list]:
-    """What is left of frozen weights that compute in bfloat16.
+    """Commands that measure how much accuracy frozen weights keep in bfloat16.
 
     Args:
-        job: Of this run.
-        prefix: What the names of the results begin with.
-        data: Options of frozen.py that name weights and images, by what is looked at.
-        clones: Options that name the authors' code of other methods.
+        job: Job of this run.
+        prefix: Beginning of the names of the results.
+        data: Options of frozen.py for weights and images, by the kind of measurement.
+        clones: Options for the authors' code of other methods.
     """
     few = [
         '--num-images', 4, '--batch-size', 2, '--rounds', 1, '--keep-ratios', 0.5, '--tome-r', 14,
@@ -84,15 +84,15 @@ def run(
         seconds: float,
         report: Callable[[], None],
 ) -> None:
-    """Run commands that have not ended well before, one after the other, as far as the time goes.
+    """Run commands that have not succeeded before, one after the other, until the time is over.
 
     Args:
-        job: Of this run.
-        step: Of `on_gpu.py`.
-        commands: By their names; all of them are run again where one is missing.
-        known: Records that can be compared with.
-        seconds: That all of it may take.
-        report: Called again and again.
+        job: Job of this run.
+        step: Step of `on_gpu.py`.
+        commands: Commands by name. All of them run again if one is missing.
+        known: Records that are comparable with this run.
+        seconds: Time limit for all of them.
+        report: Called repeatedly.
     """
     end = time.monotonic() + seconds
     done = {

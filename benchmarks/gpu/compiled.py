@@ -1,4 +1,4 @@
-""" Steps 'compiled', 'graphs' and 'training': models that are compiled beside each other, and timed one by one """
+""" Steps 'compiled', 'graphs' and 'training': models that are compiled in parallel and timed one by one """
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,12 +9,12 @@ from .jobs import POLL, Job, Process
 from .models import kernels_of
 from .settings import Setting
 
-SECONDS_TO_TIME = 2.5  # a variant in one setting, the profile included
-LEAST_SECONDS = 45  # to compile anything
+SECONDS_TO_TIME = 2.5  # for a variant in one setting, including the profile
+LEAST_SECONDS = 45  # for a compilation
 
 
 def find_jobs(job: Job, settings: list[Setting], known: list[dict]) -> list[list[Job]]:
-    """Jobs of each model, one for each variant with all settings that it is missing in."""
+    """Jobs of each model, one for each variant, with all settings in which it is missing."""
     by_model: dict[str, dict[str, list[Setting]]] = {}
     for setting in settings:
         for variant in records.missing(setting, known):
@@ -26,7 +26,7 @@ def find_jobs(job: Job, settings: list[Setting], known: list[dict]) -> list[list
 
 
 def in_waves(groups: list[list[Job]], size: int) -> Iterator[list[Job]]:
-    """Jobs that run side by side; those of a model stay together where they fit."""
+    """Groups of jobs that run in parallel; those of one model are in one group if they fit."""
     wave: list[Job] = []
     for group in groups:
         if wave and len(wave) + len(group) > size:
@@ -41,7 +41,7 @@ def in_waves(groups: list[list[Job]], size: int) -> Iterator[list[Job]]:
 
 
 def environment_of(job: Job) -> dict[str, str | None]:
-    """Of the process of a job: few threads, because there are as many processes as cores."""
+    """Environment variables for the process of a job: few threads, because there are as many processes as cores."""
     threads = '1' if job.device == 'cpu' else '2'
     return {
         'TIMM_EVO_KERNELS': kernels_of(job.variant), 'OMP_NUM_THREADS': threads,
@@ -49,13 +49,13 @@ def environment_of(job: Job) -> dict[str, str | None]:
 
 
 def run_wave(jobs: list[Job], folder: Path, end: float, report: Callable[[], None]) -> None:
-    """Compile all, then let all be timed.
+    """Compile all, then time all.
 
     Args:
-        jobs: As many as may run side by side.
-        folder: Empty.
-        end: Time at which it has to be over; who has not compiled early enough before is stopped.
-        report: Called again and again.
+        jobs: Jobs that run in parallel.
+        folder: An empty folder.
+        end: Time at which all must have ended. Jobs that have not compiled early enough are stopped.
+        report: Called repeatedly.
     """
     num_settings = sum(len(job.settings) for job in jobs)
     last_to_compile = max(end - SECONDS_TO_TIME * num_settings, time.monotonic() + LEAST_SECONDS)
@@ -89,15 +89,15 @@ def run_wave(jobs: list[Job], folder: Path, end: float, report: Callable[[], Non
 
 
 def measure(job: Job, settings: list[Setting], known: list[dict], size: int, seconds: float, report) -> None:
-    """Time what is missing of the settings, as far as the time goes.
+    """Measure what is missing in the settings, until the time is over.
 
     Args:
-        job: Of this run.
-        settings: Of the step.
-        known: Records that can be compared with.
-        size: Processes side by side.
-        seconds: That it may take.
-        report: Called again and again.
+        job: Job of this run.
+        settings: Settings of the step.
+        known: Records that are comparable with this run.
+        size: Number of processes that run in parallel.
+        seconds: Time limit.
+        report: Called repeatedly.
     """
     end = time.monotonic() + seconds
     for i, wave in enumerate(in_waves(find_jobs(job, settings, known), size)):

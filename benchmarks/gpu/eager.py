@@ -1,4 +1,4 @@
-""" Steps 'eager' and 'training', models that are not compiled, all variants of a model in turn, in one process """
+""" Steps 'eager' and 'training' without compilation: all variants of a model in turn, in one process """
 import os
 import sys
 from pathlib import Path
@@ -13,11 +13,11 @@ from .timing import alone, time_in_turn
 
 
 class WithKernels:
-    """A step that runs with or without the kernels, as its variant says.
+    """A step that runs with or without the kernels.
 
     Args:
         step: The step.
-        value: Of TIMM_EVO_KERNELS.
+        value: Value of TIMM_EVO_KERNELS.
     """
 
     def __init__(self, step: Step, value: str | None) -> None:
@@ -32,7 +32,7 @@ class WithKernels:
 
 
 def time_setting(setting: Setting, job: Job) -> None:
-    """Time all variants of a setting that can be made, and note those that cannot."""
+    """Time all variants of a setting that can be built, and record those that cannot."""
     make = step_maker(setting, torch.device(job.device), {name: Path(path) for name, path in job.clones.items()})
     steps = {}
     for variant in setting.variants:
@@ -42,7 +42,7 @@ def time_setting(setting: Setting, job: Job) -> None:
             with kernels(kernels_of(variant)):
                 check_finite(step)
             steps[variant] = step
-        except (Exception, SystemExit) as error:  # a clone that cannot be imported ends so
+        except (Exception, SystemExit) as error:  # SystemExit if a clone cannot be imported
             job.failed(setting.step, f'{setting.label()}, {variant}', error)
     dense = setting.variants[0]
     if dense not in steps:

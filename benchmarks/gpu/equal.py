@@ -1,4 +1,4 @@
-""" Step 'equal': whether the kernels compute on this device what the library computes without them """
+""" Step 'equal': whether the kernels compute the same on this device as the library without them """
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from .jobs import Job
 from .models import kernels
 
 WITHOUT, WITH = '0', '1'  # of TIMM_EVO_KERNELS
-MODELS = {  # image sizes, one of each with an odd number of columns: the checkerboard is another one then
+MODELS = {  # image sizes; one of each has an odd number of columns, for which the checkerboard differs
     'deit_tiny_patch16_224': (224, 112),
     'vit_small_patch14_reg4_dinov2': (154, (126, 168)),
     'vit_small_patch16_dinov3': (224, (128, 208)),
@@ -50,7 +50,7 @@ def find_cases(quick: bool) -> list[Case]:
 
 
 def build(case: Case, device: torch.device, quick: bool) -> nn.Module:
-    """An evolved model whose every layer tells in the logits, which is not so of weights as they begin."""
+    """An evolved model in which every layer changes the logits, which is not the case for initial weights."""
     torch.manual_seed(0)
     cut = dict(CUT, patch_size=8) if quick else {}
     model = timm.create_model(case.model, img_size=case.img_size, num_classes=100, **cut)
@@ -72,12 +72,12 @@ def look(model: nn.Module, images: Tensor, value: str) -> tuple[Tensor, list[Ten
 
 @torch.inference_mode()
 def compare(case: Case, device: torch.device, quick: bool) -> dict:
-    """How far logits and kept tokens are from each other.
+    """Differences of logits and kept tokens.
 
     Returns:
-        `difference` with and without kernels, and `alone`, that of an image alone and in the batch with kernels, as
-        shares of the largest logit; `same_tokens`, the share of patches that follow the same one; `same_bits`, whether
-        the kernels give the very same twice; `limit`, what the difference may be.
+        `difference`, of the logits with and without kernels, and `alone`, of an image alone and in the batch with
+        kernels, both as shares of the largest logit; `same_tokens`, the share of patches that follow the same token;
+        `same_bits`, whether two calls with kernels are identical; `limit`, the largest difference that is allowed.
     """
     model = build(case, device, quick)
     generator = torch.Generator().manual_seed(1)
@@ -89,7 +89,7 @@ def compare(case: Case, device: torch.device, quick: bool) -> dict:
         alone = torch.cat([model(image.unsqueeze(0)).float() for image in images])
     scale = expected.abs().max().item()
     if not logits.isfinite().all() or len(follows) != len(expected_follows):
-        raise ValueError('its logits are not finite, or the number of selections is another')
+        raise ValueError('its logits are not finite, or its numbers of selections differ')
     same = torch.cat([(a == b).float().flatten() for a, b in zip(follows, expected_follows, strict=True)])
     return {
         'difference': (logits - expected).abs().max().item() / scale,
@@ -114,7 +114,7 @@ def main() -> None:
         except Exception as error:
             job.failed('equal', name, error)
             if job.device == 'cuda' and 'CUDA error' in str(error):
-                raise  # after that nothing works any more
+                raise  # CUDA does not work any more after that
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-""" What a process of a step is told, and processes that end when their time is over """
+""" Jobs for the processes of a step, and processes with a time limit """
 import json
 import os
 import signal
@@ -14,25 +14,25 @@ from .settings import Setting
 
 ROOT = Path(__file__).parents[2]
 SECONDS_TO_END = 5
-POLL = 0.3  # seconds between two looks at what runs
-TAIL = 1500  # letters of what a process has said
+POLL = 0.3  # seconds between two checks of running processes
+TAIL = 1500  # last characters of a process's output
 
 
 @dataclass
 class Job:
-    """What a process of a step does.
+    """The work of a process of a step.
 
     Attributes:
-        run: Name of the run, which its records bear.
+        run: Name of the run, for its records.
         results: File of records.
         profiles: File of profiles.
-        folder: For what is forgotten afterwards.
+        folder: Folder for temporary files.
         device: Name of the device.
         quick: Whether to try it at tiny sizes.
-        settings: What to time.
-        variant: The one to compile.
+        settings: Settings to time.
+        variant: Variant to compile.
         clones: The authors' code of other methods, by variant.
-        more: What else a step has to know.
+        more: Other values for a step.
     """
     run: str
     results: str
@@ -62,12 +62,12 @@ class Job:
 
 
 class Process:
-    """A command that runs beside, with all processes that it starts.
+    """A command that runs in the background, with all processes that it starts.
 
     Args:
         command: Arguments of Python.
-        log: What it says goes there.
-        env: Changes of the environment; None takes a variable away.
+        log: File for its output.
+        env: Changes of the environment; None removes a variable.
     """
 
     def __init__(self, command: list, log: Path, env: dict[str, str | None] | None = None) -> None:
@@ -86,7 +86,7 @@ class Process:
         return self.process.poll()
 
     def said(self) -> str:
-        """The end of what it has written."""
+        """The end of its output."""
         return self.log.read_text(errors='replace')[-TAIL:]
 
     def wait(self, seconds: float) -> int | None:
@@ -97,14 +97,14 @@ class Process:
             return None
 
     def stop(self) -> None:
-        """End it, and whatever it has started."""
+        """Stop it and all processes that it has started."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self.process.pid, number)
             except ProcessLookupError:
                 break
             if self.wait(SECONDS_TO_END) is not None and number == signal.SIGTERM:
-                time.sleep(0.1)  # what it has started may need another moment
+                time.sleep(0.1)  # processes that it has started may take longer to end
         self.process.wait()
 
 
@@ -116,7 +116,7 @@ def run_job(
         report: Callable[[], None],
         env: dict[str, str | None] | None = None,
 ) -> None:
-    """Run a module of this folder in a process of its own; note if it fails, or if its time runs out."""
+    """Run a module of this folder in its own process; record whether it fails or its time runs out."""
     process = Process(['-m', f'gpu.{module}', job.to_text()], Path(job.folder) / f'{module}.log', env)
     end = time.monotonic() + seconds
     try:

@@ -1,4 +1,4 @@
-""" Runs a script of timm's with the evolved models registered, also where this package is not installed
+""" Runs a script of timm with the evolved models registered, also if this package is not installed
 
     python -m gpu.launch train.py --model evo_deit_tiny_patch16_224 ...
 """
@@ -14,7 +14,7 @@ from timm_evo.models import registry  # noqa: F401
 def main() -> None:
     script = Path(sys.argv[1]).resolve()
     sys.argv = sys.argv[1:]
-    sys.path.insert(0, str(script.parent))  # as if it had been called by its name
+    sys.path.insert(0, str(script.parent))  # as for a script that is called directly
     runpy.run_path(str(script), run_name='__main__')
 
 

@@ -1,4 +1,4 @@
-""" The steps of `on_gpu.py` in their order, each in its time """
+""" The steps of `on_gpu.py` in their order, each with a time limit """
 import argparse
 import os
 import signal
@@ -33,14 +33,14 @@ SECONDS_TO_END = 15
 
 @dataclass
 class Work:
-    """What all steps know.
+    """Common values of all steps.
 
     Attributes:
         args: Arguments of the command.
-        job: Of this run.
+        job: Job of this run.
         run: The record of this run.
         results: File of records.
-        progress: How many records there are.
+        progress: Progress bar with the number of records.
     """
     args: argparse.Namespace
     job: Job
@@ -49,7 +49,7 @@ class Work:
     progress: tqdm
 
     def known(self) -> list[dict]:
-        """What was measured before and counts."""
+        """Earlier records that are comparable with this run."""
         return records.comparable(records.read(self.results), self.run)
 
     def report(self) -> None:
@@ -61,7 +61,7 @@ class Work:
         self.progress.refresh()
 
     def settings(self, step: str, compiled: bool | None = None) -> list[Setting]:
-        """Those of a step, without the variants whose clones are not given."""
+        """Settings of a step, without variants whose clones are not given."""
         chosen = [
             setting for setting in (QUICK if self.args.quick else SETTINGS)
             if setting.step == step and compiled in (None, setting.mode is not None)]
@@ -75,10 +75,10 @@ class Work:
 
 
 def run_step(name: str, work: Work, seconds: float) -> None:
-    """Measure what is missing of a step, as far as the time goes."""
+    """Measure what is missing in a step, until the time is over."""
     args, job, known = work.args, work.job, work.known()
     if name == 'equal':
-        # Triton without a GPU is its interpreter
+        # without a GPU, Triton runs in its interpreter
         env: dict[str, str | None] = {'TRITON_INTERPRET': '1'} if job.device == 'cpu' else {}
         run_job(replace(job, more={'runs': work.runs()}), name, 'equal', seconds, work.report, env)
     elif name == 'scripts' and args.scripts and args.cifar10:
@@ -95,11 +95,11 @@ def run_step(name: str, work: Work, seconds: float) -> None:
     elif settings := work.settings(name):
         run_settings(name, work, seconds, settings)
     else:
-        tqdm.write(f'{name} is left out, its folders are not given')
+        tqdm.write(f'{name} is skipped, because its folders are not given')
 
 
 def frozen_data(args: argparse.Namespace) -> dict[str, list]:
-    """Options of frozen.py that name weights and images, as far as they are given."""
+    """Options of frozen.py for weights and images, if they are given."""
     data = {}
     if args.features and args.photos:
         data['features'] = ['--features', args.features, '--photos', args.photos]
@@ -109,7 +109,7 @@ def frozen_data(args: argparse.Namespace) -> dict[str, list]:
 
 
 def run_settings(name: str, work: Work, seconds: float, settings: list[Setting]) -> None:
-    """Time the settings of a step, first those that are compiled."""
+    """Time the settings of a step; those that are compiled come first."""
     end = time.monotonic() + seconds
     if with_compiler := [setting for setting in settings if setting.mode is not None]:
         compiled.measure(work.job, with_compiler, work.known(), work.args.processes, seconds, work.report)
@@ -119,7 +119,7 @@ def run_settings(name: str, work: Work, seconds: float, settings: list[Setting])
 
 
 def describe_run(device: torch.device, name: str) -> dict:
-    """The record that a run begins with."""
+    """The first record of a run."""
     environment = describe_environment(device)
     versions = environment['versions']
     for package in ('triton', 'torchvision'):
@@ -134,21 +134,21 @@ def describe_run(device: torch.device, name: str) -> dict:
 
 
 def device_name(device: torch.device) -> str:
-    """For the names of files."""
+    """Name of the device, for file names."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'
     return ''.join(letter if letter.isalnum() else '_' for letter in name.lower())
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='All that wants a GPU, in calls of some minutes.')
-    parser.add_argument('--minutes', type=float, default=9, metavar='N', help='of this call (default: 9)')
+    parser = argparse.ArgumentParser(description='All measurements that need a GPU, in calls of some minutes.')
+    parser.add_argument('--minutes', type=float, default=9, metavar='N', help='time of this call (default: 9)')
     parser.add_argument('--only', nargs='+', choices=STEPS, metavar='STEP', help=f'of {", ".join(STEPS)}')
     parser.add_argument(
         '--results', type=Path, default=Path(__file__).parents[1] / 'results', metavar='FOLDER',
         help='where on_gpu_<device>.jsonl and .md are written (default: benchmarks/results)')
     parser.add_argument(
         '--device', type=timed_device, default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu or cuda')
-    parser.add_argument('--quick', action='store_true', help='try all of it at tiny sizes')
+    parser.add_argument('--quick', action='store_true', help='try all steps at tiny sizes')
     cores = os.cpu_count() or 1
     parser.add_argument(
         '--processes', type=positive_int, default=cores + cores // 8, metavar='N',
@@ -173,7 +173,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def begin(args: argparse.Namespace, folder: Path, progress: tqdm) -> Work:
-    """Note that a run begins."""
+    """Record that a run begins."""
     if args.quick and args.cifar10 is None:
         args.cifar10 = commands.fake_images(folder / 'images')
     prefix = f'on_gpu_{device_name(args.device)}{"_quick" if args.quick else ""}'
@@ -190,12 +190,12 @@ def begin(args: argparse.Namespace, folder: Path, progress: tqdm) -> Work:
 
 
 def run_all(work: Work, write: Callable[[], None]) -> None:
-    """Each step in its time, as long as there is any."""
+    """Run each step with its time limit, until the time is over."""
     end = time.monotonic() + 60 * work.args.minutes - SECONDS_TO_END
     for name in work.args.only or STEPS:
         seconds = min(STEPS[name], end - time.monotonic())
         if seconds < LEAST_SECONDS:
-            tqdm.write(f'{name}: no time is left; the same command goes on from here')
+            tqdm.write(f'{name}: no time is left; the same command continues from here')
             return
         work.progress.set_description(name)
         begin = time.monotonic()
@@ -207,7 +207,7 @@ def run_all(work: Work, write: Callable[[], None]) -> None:
 
 def main() -> None:
     args = parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))  # so that what has been started ends, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))  # so that started processes end, too
     with tempfile.TemporaryDirectory(prefix='on_gpu') as folder, tqdm(unit='record') as progress:
         work = begin(args, Path(folder), progress)
 

@@ -23,22 +23,22 @@ TOME_R, TOME_SIZE, EVIT_KEEP = 11, 224, 0.7
 
 
 class Product(nn.Module):
-    """A convolution whose patches do not overlap, as one product.
+    """A convolution without overlapping patches, as one product.
 
     Args:
-        conv: The convolution; its stride is its kernel's size.
+        conv: The convolution, whose stride is its kernel size.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         if conv.kernel_size != conv.stride or any(conv.padding) or conv.groups > 1 or max(conv.dilation) > 1:
-            raise ValueError('the patches overlap, or have gaps')
+            raise ValueError('the patches overlap or have gaps')
         self.weight, self.bias, self.kernel_size = conv.weight, conv.bias, conv.kernel_size
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to patches (B, D, H / h, W / w)."""
         (B, C, H, W), (h, w) = x.shape, self.kernel_size
-        x = x[:, :, :H // h * h, :W // w * w]  # as a convolution, which leaves out what is no whole patch
+        x = x[:, :, :H // h * h, :W // w * w]  # like a convolution, without incomplete patches
         patches = x.reshape(B, C, H // h, h, W // w, w).permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H / h, W / w, C h w)
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
@@ -50,7 +50,7 @@ def with_product(model: nn.Module) -> nn.Module:
 
 
 def create_dense(model: str, img_size: int | None, small: bool) -> tuple[nn.Module, tuple[int, int]]:
-    """timm's model, and height and width of its images."""
+    """timm's model, and the height and width of its images."""
     kwargs = {}
     if small:
         is_levit = model.startswith('levit')
@@ -62,11 +62,11 @@ def create_dense(model: str, img_size: int | None, small: bool) -> tuple[nn.Modu
 
 
 def change(dense: nn.Module, variant: str, clones: dict[str, Path]) -> nn.Module:
-    """A variant of a dense model, which is changed in place.
+    """Make a variant of a dense model, in place.
 
     Args:
         dense: timm's model.
-        variant: One of `settings`.
+        variant: One of the variants in `settings`.
         clones: Folders of the authors' code, by variant.
     """
     name = variant.removesuffix(OFF)
@@ -84,7 +84,7 @@ def change(dense: nn.Module, variant: str, clones: dict[str, Path]) -> nn.Module
 
 @contextmanager
 def kernels(value: str | None) -> Iterator[None]:
-    """TIMM_EVO_KERNELS for a while; None is what the library does by itself."""
+    """Set TIMM_EVO_KERNELS for a while; None is the library's default."""
     before = os.environ.pop('TIMM_EVO_KERNELS', None)
     if value is not None:
         os.environ['TIMM_EVO_KERNELS'] = value
@@ -101,7 +101,7 @@ def kernels_of(variant: str) -> str | None:
 
 
 def step_maker(setting: Setting, device: torch.device, clones: dict[str, Path]) -> Callable[[str], Step]:
-    """What makes a step of a variant, all of them of the same weights and images."""
+    """A function that makes the step of a variant; all have the same weights and images."""
     torch.manual_seed(0)
     dense, size = create_dense(setting.model, setting.img_size, setting.small)
     dtype = torch.float32 if setting.train else torch.bfloat16
@@ -115,7 +115,7 @@ def step_maker(setting: Setting, device: torch.device, clones: dict[str, Path]) 
 
 
 def check_finite(step: Step) -> None:
-    """Refuse a model that computes nothing sensible, before it is timed."""
+    """Raise an error if logits or weights are not finite, before the model is timed."""
     if step.optimizer is None:
         if step.compile_mode is not None:
             torch.compiler.cudagraph_mark_step_begin()

@@ -1,15 +1,15 @@
-""" What was measured, a line of JSON each, which stays when a run is killed """
+""" Records of measurements, one line of JSON each, so that they are kept if a run is killed """
 import json
 import os
 from pathlib import Path
 
 from .settings import Setting, identity
 
-SAME = ('device', 'versions', 'library', 'has_kernels')  # what makes figures of two runs comparable
+SAME = ('device', 'versions', 'library', 'has_kernels')  # figures of two runs with the same values are comparable
 
 
 def append(file: Path, record: dict) -> None:
-    """Add a record, on disk when this returns; several processes may write to one file."""
+    """Add a record and wait until it is on disk; several processes may write to one file."""
     with file.open('a') as stream:
         stream.write(json.dumps(record) + '\n')
         stream.flush()
@@ -17,7 +17,7 @@ def append(file: Path, record: dict) -> None:
 
 
 def read(file: Path) -> list[dict]:
-    """All records, without a last line that was not finished."""
+    """All records, without an incomplete last line."""
     records = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
@@ -28,14 +28,14 @@ def read(file: Path) -> list[dict]:
 
 
 def end_last_line(file: Path) -> None:
-    """So that a record does not go on where another was cut off."""
+    """End an incomplete last line, so that the next record begins a new line."""
     if file.exists() and not file.read_bytes().endswith(b'\n'):
         with file.open('a') as stream:
             stream.write('\n')
 
 
 def comparable(records: list[dict], run: dict) -> list[dict]:
-    """Those that runs on such a device, with these versions and this state of the library, have written."""
+    """Records of runs on the same device, with the same versions and the same state of the library."""
     runs = {
         record['run'] for record in records
         if record['kind'] == 'run' and all(record[key] == run[key] for key in SAME)}
@@ -43,7 +43,7 @@ def comparable(records: list[dict], run: dict) -> list[dict]:
 
 
 def missing(setting: Setting, records: list[dict]) -> tuple[str, ...]:
-    """Variants that are still to be timed, with the dense one to compare them with, if there are any."""
+    """Variants that are not timed yet, together with the dense one, if there are any."""
     done = {
         record['variant'] for record in records
         if record['kind'] == 'speed' and identity(record) == identity(setting.where())}

@@ -11,17 +11,17 @@ from .settings import DENSE, SETTINGS, Setting, identity
 TITLES = {
     'compiled': 'Inference, compiled', 'graphs': 'One image, compiled with CUDA graphs', 'eager': 'Inference, eager',
     'training': 'Training steps'}
-SAID = 150  # letters of the end of what a command has said
+SAID = 150  # last characters of a command's output
 COLUMNS = list(dict.fromkeys(variant for setting in SETTINGS for variant in setting.variants))
 
 
 def latest(found: list[dict], *keys: str) -> list[dict]:
-    """Records without those that were measured again later."""
+    """The latest record for each value of the keys."""
     return list({tuple(record[key] for key in keys): record for record in found}.values())
 
 
 def label(record: dict) -> str:
-    """Of the row of a record."""
+    """Label of the row of a record."""
     setting = Setting(*(record[key] for key in ('step', 'model', 'batch', 'img_size', 'mode', 'train')))
     how = ', '.join(filter(None, ['training' if record['train'] else '', 'compiled' if record['mode'] else 'eager']))
     return f'{setting.label()}, {how}' if record['step'] == 'training' else setting.label()
@@ -57,7 +57,7 @@ def memory_table(found: list[dict]) -> str:
 
 
 def equal_table(found: list[dict]) -> str:
-    """A row for each model, selection and dtype: the worst of its image and batch sizes."""
+    """A row for each model, selection and dtype, with the worst values over image and batch sizes."""
     groups: dict[tuple[str, str, str], list[dict]] = {}
     for record in found:
         groups.setdefault((record['model'], record['selection'], record['dtype']), []).append(record)
@@ -77,7 +77,7 @@ def equal_table(found: list[dict]) -> str:
 
 
 def cifar_table(found: list[dict]) -> str:
-    """Mean of the seeds, and each."""
+    """Mean of the seeds, and the value of each."""
     lines = []
     for variant in dict.fromkeys(record['variant'] for record in found):
         group = sorted((record for record in found if record['variant'] == variant), key=lambda record: record['seed'])
@@ -98,7 +98,7 @@ def commands_table(found: list[dict]) -> str:
 
 
 def failures(known: list[dict]) -> str:
-    """What has failed in each step, the last time that it ran."""
+    """Failures of each step in its last run."""
     last_run = {record['step']: record['run'] for record in known if 'step' in record}
     lines = []
     for record in known:
@@ -109,7 +109,7 @@ def failures(known: list[dict]) -> str:
 
 
 def format_text(all_records: list[dict]) -> str:
-    """All tables of the last run, and of those before that can be compared with it."""
+    """All tables of the last run and of earlier runs that are comparable with it."""
     runs = [record for record in all_records if record['kind'] == 'run']
     known = records.comparable(all_records, runs[-1])
 
@@ -147,6 +147,6 @@ def format_text(all_records: list[dict]) -> str:
 
 
 def write(results: Path) -> None:
-    """The tables of a file of records, beside it."""
+    """Write the tables of a file of records to a file beside it."""
     with replacing(results.with_suffix('.md')) as part:
         part.write_text(format_text(records.read(results)))

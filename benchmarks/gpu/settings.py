@@ -1,8 +1,8 @@
-""" What `on_gpu.py` times: models, image sizes, batches, and the variants of each """
+""" Settings that `on_gpu.py` times: models, image sizes, batches, and their variants """
 import json
 from dataclasses import asdict, dataclass
 
-OFF = ', kernels off'  # behind the name of a variant that runs with TIMM_EVO_KERNELS=0
+OFF = ', kernels off'  # end of the name of a variant that runs with TIMM_EVO_KERNELS=0
 DENSE, PRODUCT, TOME, EVIT = 'dense', 'dense, product', 'ToMe, r = 11', 'EViT, 0.7'
 EVOLVED = ('stage', 'similarity')
 ALL = (DENSE, PRODUCT, *EVOLVED, *(f'{name}{OFF}' for name in EVOLVED))
@@ -13,18 +13,18 @@ TRAINED = (DENSE, 'stage', 'layer', 'similarity')
 
 @dataclass(frozen=True)
 class Setting:
-    """What is timed, in each of its variants.
+    """A setting that is timed in each of its variants.
 
     Attributes:
-        step: Of `on_gpu.py`, which measures it.
+        step: Step of `on_gpu.py` that measures it.
         model: timm's dense model.
         batch: Images.
-        img_size: The model's own if None.
-        mode: Of torch.compile, eager if None.
+        img_size: Image size; the model's own if None.
+        mode: Mode of torch.compile; eager if None.
         train: Training with mixed precision, instead of inference in bfloat16.
-        variants: The dense model first.
-        small: The model is cut down, to try a step on a CPU.
-        profiled: Whether to note which kernels take the time.
+        variants: Names of the variants; the dense model is the first.
+        small: Whether the model is made smaller, to try a step on a CPU.
+        profiled: Whether to write the kernels that take the most time.
     """
     step: str
     model: str
@@ -37,7 +37,7 @@ class Setting:
     profiled: bool = False
 
     def where(self) -> dict:
-        """What is the same in all variants that are compared, for the records."""
+        """Values for the records that are the same in all variants that are compared."""
         keys = ('step', 'model', 'batch', 'img_size', 'mode', 'train')
         return {key: value for key, value in asdict(self).items() if key in keys}
 
@@ -60,7 +60,7 @@ DINOV2_S, DINOV2_B = (f'vit_{size}_patch14_dinov2' for size in ('small', 'base')
 DINOV3_B, VIT_L = 'vit_base_patch16_dinov3', 'vit_large_patch16_384'
 GRAPHS = 'reduce-overhead'
 
-# What matters most first, and models that compile for as long as others next to them.
+# The most important ones come first, and models with similar times of compilation are neighbours.
 SETTINGS = [
     Setting('compiled', DEIT_S, 256, mode='default', profiled=True),
     Setting('compiled', DEIT_S, 64, 384, mode='default'),
@@ -84,7 +84,7 @@ SETTINGS = [
     Setting('training', DEIT_S, 256, train=True, variants=TRAINED),
 ]
 
-# The same on a CPU within minutes, which says nothing of speed: it shows that the steps run.
+# The same on a CPU within minutes. Its times mean nothing: it shows that the steps run.
 QUICK = [
     Setting('compiled', DEIT_T, 2, mode='default', variants=(DENSE, 'similarity'), small=True, profiled=True),
     Setting('graphs', DEIT_T, 1, mode=GRAPHS, variants=(DENSE,), small=True),

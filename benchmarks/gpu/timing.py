@@ -24,7 +24,7 @@ def num_rounds(step: Step, quick: bool) -> int:
 
 
 def warm_up(step: Step, rounds: int) -> None:
-    """Bring caches and clock rates to where a model has them that runs alone."""
+    """Run a step until caches and clock rates are those of a model that runs alone."""
     for _ in range(max(2, rounds // 6)):
         step()
     if step.batch.device.type == 'cuda':
@@ -38,7 +38,7 @@ def summarise(seconds: list[float]) -> dict[str, float]:
 
 
 def time_alone(step: Step, quick: bool) -> dict[str, float]:
-    """Time of one step after the other, and peak memory."""
+    """Times of single steps, and peak memory."""
     rounds = num_rounds(step, quick)
     warm_up(step, rounds)
     seconds = [time_step(step) for _ in range(rounds)]
@@ -46,12 +46,12 @@ def time_alone(step: Step, quick: bool) -> dict[str, float]:
 
 
 def time_in_turn(steps: dict[str, Step], dense: str, quick: bool) -> dict[str, dict[str, float]]:
-    """The same of several steps, one of each in a round, so that whatever else the machine does slows all of them.
+    """The same for several steps, one of each in a round, so that other load on the machine slows all of them.
 
     Args:
-        steps: By variant.
-        dense: The one that the others are compared with, by the ratio within each round.
-        quick: Few rounds.
+        steps: Steps by variant.
+        dense: Variant that the others are compared with, by the ratio within each round.
+        quick: Whether to run few rounds.
     """
     rounds = num_rounds(steps[dense], quick)
     seconds: dict[str, list[float]] = {variant: [] for variant in steps}

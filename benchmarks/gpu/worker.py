@@ -1,4 +1,4 @@
-""" A process of `compiled.py`: compiles a variant of a model in its settings, waits for the others, and is timed """
+""" A process of `compiled.py`: it compiles a variant of a model in its settings, waits for the others, and times it """
 import os
 import sys
 import time
@@ -14,7 +14,7 @@ from .models import check_finite, step_maker
 from .settings import Setting
 from .timing import alone, time_alone
 
-NUM_WARMUP, PROFILED_STEPS, TOP = 3, 2, 30  # few steps, because a profiler takes its time to start
+NUM_WARMUP, PROFILED_STEPS, TOP = 3, 2, 30  # few steps, because profiling is slow
 
 
 def is_ready(folder: Path) -> Path:
@@ -22,14 +22,14 @@ def is_ready(folder: Path) -> Path:
 
 
 def compile_step(setting: Setting, job: Job) -> Step:
-    """A step that is compiled, and has shown that what it computes is finite."""
+    """A compiled step, whose results are finite."""
     step = step_maker(setting, torch.device(job.device), {})(job.variant)
     for _ in range(NUM_WARMUP):
         step()
     check_finite(step)
     if job.device == 'cuda':
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what compiling took, the other processes may need
+        torch.cuda.empty_cache()  # other processes may need the memory of the compilation
     return step
 
 
@@ -44,19 +44,19 @@ def write_profile(step: Step, setting: Setting, job: Job) -> None:
 
 
 def wait_for_the_others(folder: Path) -> None:
-    """Until `compiled.py` says that all have compiled; ends where it is no more."""
+    """Wait until `compiled.py` tells that all have compiled; exit if it has ended."""
     is_ready(folder).touch()
     parent = os.getppid()
     while not (folder / 'go').exists():
         if os.getppid() != parent:
-            raise SystemExit('nobody waits for this any more')
+            raise SystemExit('compiled.py has ended')
         time.sleep(0.1)
 
 
 def main() -> None:
     job = Job.from_text(sys.argv[1])
     folder = Path(job.folder)
-    torch._dynamo.config.cache_size_limit = 64  # its settings are compilations of one `forward`
+    torch._dynamo.config.cache_size_limit = 64  # each setting compiles the same `forward` again
     if job.device == 'cpu':
         torch.set_num_threads(1)
     steps = []
@@ -64,7 +64,7 @@ def main() -> None:
         begin = time.monotonic()
         try:
             steps.append((setting, compile_step(setting, job), time.monotonic() - begin))
-        except Exception as error:  # out of memory, or what cannot be compiled: the others shall run
+        except Exception as error:  # such as out of memory, or not compilable: the others should run
             job.failed(setting.step, f'{setting.label()}, {job.variant}', error)
     wait_for_the_others(folder)
     for setting, step, seconds in steps:
@@ -75,10 +75,10 @@ def main() -> None:
                     'speed', **setting.where(), variant=job.variant, seconds_to_compile=round(seconds, 1), **times)
                 if setting.profiled:
                     write_profile(step, setting, job)
-            except (Exception, SystemExit) as error:  # a profiler that records nothing ends so
+            except (Exception, SystemExit) as error:  # SystemExit if the profiler records nothing
                 job.failed(setting.step, f'{setting.label()}, {job.variant}', error)
                 if job.device == 'cuda' and not isinstance(error, torch.OutOfMemoryError):
-                    raise  # after some errors of CUDA, nothing works any more
+                    raise  # after some errors, CUDA does not work any more
 
 
 if __name__ == '__main__':

@@ -1,1 +1,1 @@
-""" The steps of the selections as kernels for a GPU, in Triton: fewer launches, and attention that knows sizes """
+""" Triton kernels for GPUs: the steps of the selections in fewer launches, and attention with token sizes """

@@ -1,14 +1,14 @@
 """ Attention with sizes
 
-What `scaled_dot_product_attention` gives with a mask of one row for all queries: each key counts as many times as its
-token does. PyTorch's fastest kernel takes no mask, and the one that does takes two to three times as long. Sums of
-softmax are taken block by block, as in `FlashAttention` - https://arxiv.org/abs/2205.14135.
+The result is that of `scaled_dot_product_attention` with a mask of one row for all queries: each key counts as many
+times as the tokens that it represents. PyTorch's fastest kernel takes no mask, and the kernel with a mask takes two to
+three times as long. The softmax is summed block by block, as in `FlashAttention` - https://arxiv.org/abs/2205.14135.
 
 Shapes: B images, H heads of d channels, G heads of keys and values, L tokens.
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
-# (kernels are in the language of Triton, in which more can be indexed than in Python)
+# (kernels are in Triton's language, which pyright does not know)
 import torch
 import triton
 import triton.language as tl
@@ -71,22 +71,22 @@ def _attend(
 
 @triton_op('timm_evo::attend', mutates_args=())
 def attend(query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, scale: float) -> Tensor:
-    """Attend to keys that count several times.
+    """Attention to keys that count several times.
 
     Args:
         query: Queries (B, H, T, d), of any strides.
         key: Keys (B, G, L, d); G divides H.
         value: Values (B, G, L, d).
-        log_size: Log of how many tokens each key counts (B, L).
+        log_size: Log of the number of tokens that each key counts for (B, L).
         scale: Factor on the products.
 
     Returns:
-        Values attended to (B, H, T, d), in memory as (B, T, H, d), as the projection behind it reads them.
+        Output of the attention (B, H, T, d), in memory as (B, T, H, d), which the next projection reads.
     """
     batch_size, num_heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
     out = query.new_empty(batch_size, num_queries, num_heads, head_dim)
-    # as was fastest on an H200; less where that would not fit into the memory of a smaller GPU
+    # the fastest sizes on an H200, or smaller ones where these do not fit into the memory of a smaller GPU
     block_d = max(16, power_of_2(head_dim))
     block_n = 64 if num_keys >= 700 and block_d <= 64 else 32
     num_stages = 1 if query.dtype == torch.float32 else 3

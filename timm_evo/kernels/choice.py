@@ -1,15 +1,14 @@
-""" Where kernels take the place of the tensor steps
+""" Where kernels replace the tensor steps
 
-On a CUDA device, where nobody wants more of a step than its result. What is left out, the tensor steps do, with the
-same result up to rounding:
+Kernels run on CUDA devices. The tensor steps are used for the following cases, with the same results up to rounding:
 
-- gradients, of either mode, and transforms of `torch.func`, which a kernel has no rule for;
-- traces, scripts and exports, which are to run where there is no Triton;
-- tensors that are no plain ones, as shards;
-- other numbers than float32, float16 and bfloat16.
+- gradients, in either mode, and transforms of `torch.func`, for which kernels have no rules;
+- traces, scripts and exports, which must run without Triton;
+- tensors of subclasses, such as shards;
+- other dtypes than float32, float16 and bfloat16.
 
-`TIMM_EVO_KERNELS` in the environment changes that: `0` for never; `1` for wherever they can, on a CPU by Triton's
-interpreter, too, if `TRITON_INTERPRET=1` was set before the start.
+The environment variable `TIMM_EVO_KERNELS` changes this: with `0`, kernels never run; with `1`, they run wherever they
+can, on a CPU in Triton's interpreter, too, if `TRITON_INTERPRET=1` was set before the start.
 """
 import functools
 import importlib.util
@@ -28,7 +27,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def can_run(x: Tensor) -> bool:
-    """Whether kernels may compute what comes of a tensor."""
+    """Whether kernels may compute with a tensor."""
     if not isinstance(x, Tensor) or not is_wanted(x):  # symbolic tracing has other objects
         return False
     return (
@@ -43,38 +42,38 @@ def can_run(x: Tensor) -> bool:
 
 
 def is_differentiated(*tensors: Tensor) -> bool:
-    """Whether a gradient of what comes of tensors may be asked for."""
+    """Whether results computed from these tensors may need a gradient."""
     return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])  # a list, for torch 2.5 to compile
 
 
 def is_wanted(x: Tensor) -> bool:
-    """Whether what takes other steps on a GPU is to do so for a tensor, as far as its device and the user say."""
+    """Whether a tensor's device and `TIMM_EVO_KERNELS` allow the steps for GPUs."""
     return _setting() != '0' if x.is_cuda else _setting() == '1'
 
 
 def launch(name: str, *args: Any) -> Any:
-    """Call an operator of this package, where it `can_run`.
+    """Call an operator of this package; `can_run` must be true.
 
     Args:
-        name: Its name.
+        name: Name of the operator.
         *args: Its arguments.
 
     Raises:
-        RuntimeError: A kernel could not be compiled or launched; the message says how to do without.
+        RuntimeError: A kernel could not be compiled or launched. The message says how to run without kernels.
     """
     try:
         return getattr(torch.ops.timm_evo, name)(*args)
-    except torch.OutOfMemoryError:  # which says enough
+    except torch.OutOfMemoryError:  # its message is clear
         raise
     except Exception as error:
         raise RuntimeError(
-            f'A Triton kernel of timm_evo failed, {name}: {error}. Set {VARIABLE}=0 in the environment to do without '
+            f'The Triton kernel {name} of timm_evo failed: {error}. Set {VARIABLE}=0 in the environment to run without '
             'kernels; the results are the same, up to rounding.') from error
 
 
-@torch.compiler.assume_constant_result  # because torch 2.11 takes all that it compiles for exported
+@torch.compiler.assume_constant_result  # because torch 2.11 reports an export whenever it compiles
 def is_exporting() -> bool:
-    """Whether what runs is exported, to run elsewhere."""
+    """Whether the model is being exported, to run elsewhere."""
     return torch.compiler.is_exporting() if hasattr(torch.compiler, 'is_exporting') else torch.compiler.is_compiling()
 
 
@@ -90,14 +89,14 @@ def _is_available(device: torch.device) -> bool:
 
 @functools.cache
 def _can_launch(device: torch.device) -> bool:
-    """Whether there is Triton, a torch that takes its kernels as operators, and a device that they are made for."""
+    """Whether there are Triton, a torch that takes its kernels as operators, and a device that can run them."""
     if not hasattr(torch.library, 'triton_op') or importlib.util.find_spec('triton') is None:
         return False
-    has_values = device.type != 'cuda' or torch.cuda.is_available()  # else it is only asked what would be computed
+    has_values = device.type != 'cuda' or torch.cuda.is_available()  # otherwise tensors are fake, without values
     if os.environ.get('TRITON_INTERPRET') == '1':
         if not has_values:
             return False
     elif device.type != 'cuda' or has_values and torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    from . import attention, levit, published, similarity  # noqa: F401  # now, because Triton takes its time to import
+    from . import attention, levit, published, similarity  # noqa: F401  # late, because importing Triton is slow
     return True

@@ -1,15 +1,15 @@
 """ LeViT's attention in one launch, and its scores in another
 
-The projections are read as they leave their linear layers, and the bias of a query and a key by their places. So no
-tensor of all queries and all keys is in memory, neither of biases nor of attention. Where scores are wanted, each
+The kernel reads projections in the layout of their linear layers, and looks up the bias of a query and a key by their
+positions. So no tensor of all queries and keys is in memory, neither for biases nor for attention. For scores, each
 program writes the sum over its queries, and a second launch adds these sums in a fixed order.
 
-Shapes: B images, H heads with keys of d channels and values of v, L tokens present, K of them but a representative one,
-Q that attend, N patch tokens of the grid, M of them left by downsampling, R relative positions, P prefix tokens.
+Shapes: B images, H heads with keys of d channels and values of v, L tokens present, K of them without a representative
+one, Q queries, N patch tokens of the grid, M of them after downsampling, R relative positions, P prefix tokens.
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
-# (kernels are in the language of Triton, in which more can be indexed than in Python)
+# (kernels are in Triton's language, which pyright does not know)
 import torch
 import triton
 import triton.language as tl
@@ -30,7 +30,7 @@ def _logits(
         TOKEN: tl.constexpr, D: tl.constexpr, HAS_BIASES: tl.constexpr, HAS_POSITIONS: tl.constexpr,
         BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Logits to the base of two of a block of queries and the keys j; `place` of the queries that `is_placed`."""
+    """Logits, to the base of two, of a block of queries and the keys j; `place` has positions where `is_placed`."""
     d = tl.arange(0, BLOCK_D)
     keys = tl.load(key + j[None] * TOKEN + d[:, None], mask=(j < num_keys)[None] & (d < D)[:, None], other=0.)
     logits = dot(query, keys, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * (scale * LOG2_E)
@@ -71,7 +71,7 @@ def _attention_kernel(
             positions += image * num_placed
             place = tl.load(positions + i, mask=is_placed, other=0).to(tl.int32)
     if HAS_SCORES:
-        num_sums = tl.cdiv(num_paying, BLOCK_M)  # of a head; the programs after these have no query that counts
+        num_sums = tl.cdiv(num_paying, BLOCK_M)  # per head; later programs have no queries that count
         paid += ((image * H + head) * num_sums + tl.program_id(0)) * num_scored
         is_stored = tl.program_id(0) < num_sums
     v = tl.arange(0, BLOCK_V)
@@ -136,30 +136,30 @@ def levit_attention(
         num_scored: int,
         num_paying: int,
 ) -> tuple[Tensor, Tensor]:
-    """Attend, with biases by relative position.
+    """Attention with biases by relative position.
 
     Args:
-        query: Projection of the tokens that attend (B, Q, H * w): each head's begins with its query.
-        key_value: Projection of the tokens present (B, L, H * w): each head's ends with its key and its value. May be
-            the same tensor.
+        query: Projection of the tokens with queries (B, Q, H * w). The w channels of a head begin with its query.
+        key_value: Projection of the tokens present (B, L, H * w). The w channels of a head end with its key and its
+            value. It may be the same tensor as `query`.
         num_heads: Number of heads H.
         key_dim: Channels of queries and keys d.
         val_dim: Channels of values v.
         scale: Factor on the products.
-        biases: Biases by relative position (H, R); None for none.
-        index: Their entry for each query and key of the whole grid (N or M, N).
-        positions: Positions of the tokens present but a representative one (B, K), which has no bias; None where these
-            are the whole grid, in its order.
-        num_scored: Number of tokens K whose scores are wanted, the first ones; 0 for no scores.
-        num_paying: Number of tokens whose attention counts in these, the first ones.
+        biases: Biases by relative position (H, R), if any.
+        index: Entry of `biases` for each query and key of the whole grid (N or M, N).
+        positions: Positions of the tokens present (B, K), without a representative one, which has no bias; None if
+            these are the whole grid, in its order.
+        num_scored: Number K of tokens, from the first, that get scores; 0 for no scores.
+        num_paying: Number of queries, from the first, whose attention counts in the scores.
 
     Returns:
-        Values attended to, all heads side by side (B, Q, H * v).
-        Sums of attention paid (B, S, K) in float32, over the queries of each program of each head, see `levit_scores`.
+        Output of the attention, with the heads concatenated (B, Q, H * v).
+        Sums of attention (B, S, K) in float32, over the queries of each program of each head, see `levit_scores`.
     """
     batch_size, num_queries, query_width = query.shape
     num_keys = key_value.shape[1]
-    # registers are to suffice for several programs at a time; products of long rows in float32 would not fit into them
+    # sizes with which several programs fit into the registers; products of long rows in float32 would not
     is_half = query.dtype != torch.float32
     is_whole = is_half and num_keys <= 256
     block_m, block_d, block_v = 16, max(16, power_of_2(key_dim)), max(16, power_of_2(val_dim))
@@ -174,7 +174,7 @@ def levit_attention(
     paid = torch.empty(batch_size, num_sums, num_scored, dtype=torch.float32, device=query.device)
     has_biases = biases is not None
     if biases is None or index is None:
-        biases = index = query  # which nothing reads
+        biases = index = query  # not read
     wrap_triton(_attention_kernel)[(divide_up(num_queries, block_m), batch_size * num_heads)](
         query.contiguous(), key_value.contiguous(), biases.contiguous(), index.contiguous(),
         query if positions is None else positions.contiguous(), out, paid,
@@ -242,21 +242,21 @@ def levit_scores(
         grid_width: int,
         stride: int,
 ) -> Tensor:
-    """Evolve the scores: `mean_attention`, `global_class_attention`, and where a grid is downsampled
-    `downsampled_class_attention` of `method`, in one.
+    """Update the scores by `mean_attention`, `global_class_attention` and, with downsampling,
+    `downsampled_class_attention` of `method` in one launch.
 
     Args:
-        paid: Sums of attention paid (B, S, K), see `levit_attention`.
-        scores: Scores so far (B, K) in float32; None if there are none.
-        num_summed: Number of queries of all heads that are in these sums.
+        paid: Sums of attention (B, S, K), see `levit_attention`.
+        scores: Scores before the update (B, K) in float32, if any.
+        num_summed: Number of queries of all heads in these sums.
         tradeoff: alpha.
-        learned: Learned trade-off (1,) before its sigmoid, which takes the place of `tradeoff`.
+        learned: Learned trade-off (1,) before its sigmoid, which replaces `tradeoff`.
         num_prefix_tokens: Number of prefix tokens P.
         grid_width: Width of the grid that is downsampled.
-        stride: Step between its rows and columns that are left; 1 where it is not downsampled.
+        stride: Step between the rows and columns that remain; 1 without downsampling.
 
     Returns:
-        Scores (B, K), or of the tokens that are left (B, P + M), in float32.
+        Scores (B, K), or those of the remaining tokens (B, P + M), in float32.
     """
     batch_size, num_sums, num_tokens = paid.shape
     num_left, left_width = num_tokens, grid_width

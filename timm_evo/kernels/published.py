@@ -1,14 +1,14 @@
 """ The steps of `method.published` in few launches
 
-Class attention in one launch, or two for many tokens; selection with scores and weights in one; the slow tokens and the
-representative one in one; the way back to the grid in one; rotations in one.
+Class attention takes one launch, or two for many tokens. These take one launch each: selection with scores and weights;
+slow tokens and the representative token; restoring the full sequence; rotations.
 
 Shapes: B images, P prefix tokens, N patch tokens, K of them slow, L tokens present, C channels, H heads of d channels,
 G heads of keys.
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
-# (kernels are in the language of Triton, in which more can be indexed than in Python)
+# (kernels are in Triton's language, which pyright does not know)
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +29,7 @@ def _class_attention_kernel(
         BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr,
         IS_WHOLE: tl.constexpr,
 ):
-    """Logits of a chunk of tokens with their largest and the sum of their exponentials; all of it if it is the whole.
+    """Logits of a chunk of tokens, their maximum and sum of exponentials; attention, too, if the chunk has all tokens.
 
     Logits are (B, L, BLOCK_H), largest and total (B, chunks, BLOCK_H).
     """
@@ -40,7 +40,7 @@ def _class_attention_kernel(
     query += image * query_image
     looking = tl.load(
         query + head[:, None] * query_head + d[None] * query_channel, mask=is_channel, other=0.).to(tl.float32) * scale
-    if HAS_ROTATION:  # the query is turned back by the place of a token, which is the same as to turn the token's key
+    if HAS_ROTATION:  # the query is rotated back by a token's position, which equals rotating the token's key
         if HALF:
             partner = (d + D // 2) % D
             sign = tl.where(d < D // 2, 1., -1.)
@@ -128,9 +128,9 @@ def class_attention(
         key: Keys of all tokens present, not yet rotated (B, G, L, d), of any strides; G divides H.
         scale: Factor on the products.
         num_prefix_tokens: Number of prefix tokens P, which are never rotated.
-        rotation: Rotations of the tokens present but the prefix, (L - P, 2d), (H, L - P, 2d) or (B, 1 or H, L - P, 2d),
-            if they are rotated.
-        rotate_half: Whether a rotation turns the two halves of the channels, or pairs of neighbours.
+        rotation: Rotations of the tokens present without the prefix, (L - P, 2d), (H, L - P, 2d) or
+            (B, 1 or H, L - P, 2d), if they are rotated.
+        rotate_half: Whether a rotation pairs channels of the two halves, or else neighbouring channels.
 
     Returns:
         Attention (B, L) in float32; every row sums to H.
@@ -173,7 +173,7 @@ def _select_kernel(
         scores, present, place, weight, present_scores, num_tokens, num_prefix, num_slow,
         BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
-    """Select the tokens of an image with the highest scores; of equal ones the first."""
+    """Select the tokens of an image with the highest scores; of equal scores, the first."""
     image = tl.program_id(0).to(tl.int64)
     num_patches = num_tokens - num_prefix
     num_present = num_prefix + num_slow
@@ -182,7 +182,7 @@ def _select_kernel(
     is_token = token < num_tokens
     is_patch = is_token & (token >= num_prefix)
     mine = tl.load(scores + token, mask=is_token, other=0.)
-    known = tl.where(mine == mine, mine, float('-inf'))  # what is no number is never selected before what is one
+    known = tl.where(mine == mine, mine, float('-inf'))  # a NaN is never selected before a number
     rank = tl.zeros((BLOCK_N,), tl.int32)
     for first in range(0, num_patches, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
@@ -195,7 +195,7 @@ def _select_kernel(
     position = tl.cumsum(is_present.to(tl.int32), 0) - 1
     tl.store(present + image * num_present + position, token.to(tl.int64), mask=is_present)
     tl.store(present_scores + image * num_present + position, mine, mask=is_present)
-    # behind all that are present: the representative token
+    # the representative token comes after all tokens present
     tl.store(place + image * num_tokens + token, tl.where(is_present, position, num_present), mask=is_token)
     summarised = tl.where(is_patch & (is_present == 0), mine, 0.)
     share = summarised / tl.maximum(tl.sum(summarised, 0), 1e-37)
@@ -216,9 +216,10 @@ def select_tokens(
         num_prefix_tokens: Number of prefix tokens P.
 
     Returns:
-        Positions of prefix and slow tokens, in order (B, P + K); for each token, where it is among these, P + K for
-        placeholders (B, P + N) in int32; shares of the placeholders in their representative, 0 for others (B, P + N);
-        scores of prefix and slow tokens (B, P + K).
+        Positions of prefix and slow tokens, in order (B, P + K).
+        Position of each token among these, P + K for placeholders (B, P + N), in int32.
+        Weights of the placeholders in the representative token, 0 for other tokens (B, P + N).
+        Scores of prefix and slow tokens (B, P + K).
     """
     batch_size, num_tokens = scores.shape
     num_present = num_prefix_tokens + num_slow
@@ -265,12 +266,12 @@ def _gather_kernel(
 
 @triton_op('timm_evo::gather_with_representative', mutates_args=())
 def gather_with_representative(x: Tensor, present: Tensor, weight: Tensor, with_representative: bool) -> Tensor:
-    """The tokens that go through the blocks: `gather_tokens` and `representative_token` of `method` in one.
+    """The tokens that go through the blocks: `gather_tokens` and `representative_token` of `method` in one launch.
 
     Args:
         x: Full sequence (B, P + N, C).
         present: Positions of prefix and slow tokens (B, P + K).
-        weight: Share of each token in the representative one (B, P + N) in float32.
+        weight: Weight of each token in the representative one (B, P + N) in float32.
         with_representative: Whether there is one.
 
     Returns:
@@ -320,13 +321,13 @@ def _follow_kernel(
 
 @triton_op('timm_evo::follow', mutates_args=())
 def follow(x: Tensor, tokens: Tensor, place: Tensor, begun: Tensor, num_present: int) -> Tensor:
-    """Give the full sequence back after some blocks of a segment, as `method.published.follow`.
+    """Restore the full sequence after some blocks of a segment, as `method.published.follow`.
 
     Args:
         x: Full sequence at the beginning of the segment (B, P + N, C).
-        tokens: What came out of the blocks (B, P + K, C), or (B, P + K + 1, C) with a representative token.
-        place: Where each token is among these, P + K for placeholders (B, P + N) in int32.
-        begun: What went into the blocks, of the shape of `tokens`.
+        tokens: Output of the blocks (B, P + K, C), or (B, P + K + 1, C) with a representative token.
+        place: Position of each token among these, P + K for placeholders (B, P + N), in int32.
+        begun: Input of the blocks, with the shape of `tokens`.
         num_present: Number of prefix and slow tokens P + K.
 
     Returns:

@@ -1,7 +1,7 @@
-""" A mask that attends itself
+""" A mask that computes the attention itself
 
-timm's blocks hand a mask on to `scaled_dot_product_attention`, which asks it first, as PyTorch's own `CausalBias` is
-asked. So blocks stay as they are, and whatever else they do with the mask, it is the plain tensor that it is.
+timm's blocks pass a mask to `scaled_dot_product_attention`, which first calls the mask's `__torch_function__`, as for
+PyTorch's own `CausalBias`. So the blocks are unchanged, and all other functions get a plain tensor.
 """
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ __all__ = ['SizeMask']
 
 
 class SizeMask(Tensor):
-    """Log of how many tokens each key counts (B, 1, 1, L), to be added to the products."""
+    """Log of the number of tokens that each key counts for (B, 1, 1, L), which is added to the logits."""
 
     @classmethod
     def of(cls, log_size: Tensor) -> Tensor:
-        """From that of each key (B, L). A plain mask of what has no values, which has a class of its own."""
+        """The mask for log sizes (B, L). Tensors of a subclass, such as those without values, give a plain mask."""
         mask = log_size.unsqueeze(1).unsqueeze(1)
         return mask.as_subclass(cls) if type(mask) is Tensor else mask
 
@@ -43,10 +43,10 @@ def _attend(
 ) -> Tensor:
     """See `torch.nn.functional.scaled_dot_product_attention`."""
     attn_mask = attn_mask.view(attn_mask.shape)  # a plain tensor
-    if torch.is_autocast_enabled(query.device.type):  # it casts what operators of PyTorch take
+    if torch.is_autocast_enabled(query.device.type):  # it only casts arguments of PyTorch's operators
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) if x.dtype == torch.float32 else x for x in (query, key, value))
-    # a mask is made only where kernels can run, so what may have changed since are gradients and kinds of tensors
+    # a mask is made only where kernels can run; only gradients and kinds of tensors may have changed since
     if dropout_p or is_causal or is_differentiated(query, key, value) or not (
             type(query) is type(key) is type(value) is Tensor and query.dtype == key.dtype == value.dtype
             and query.dim() == 4 and query.shape[3] == value.shape[3] <= 128):

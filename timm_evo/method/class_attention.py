@@ -1,7 +1,7 @@
-""" Class attention, from what timm's attentions compute with
+""" Class attention, from the queries and keys of timm's attentions
 
-Rotations are those of timm's rotary position embeddings: sines and cosines side by side, for all tokens but the prefix,
-(N, 2d), one per head (H, N, 2d), or of each image (B, 1 or H, N, 2d). Other shapes are those of `published`.
+Rotations are timm's rotary position embeddings of all tokens but the prefix, as sines and then cosines: (N, 2d), one
+per head (H, N, 2d), or one per image (B, 1 or H, N, 2d). Other shapes are those of `published`.
 """
 from typing import NamedTuple
 
@@ -14,12 +14,12 @@ from .sequences import patches
 
 
 class Layout(NamedTuple):
-    """What the tokens are that enter a block, in their order: prefix, patches, and maybe a representative token.
+    """Kinds of the tokens that enter a block. Their order is prefix, patches, and maybe a representative token.
 
     Attributes:
         has_class_token: Whether the first token is the class token.
         num_prefix_tokens: Number of prefix tokens P.
-        slow: Positions of prefix and slow tokens in the whole sequence (B, P + K); None where all go through the block.
+        slow: Positions of prefix and slow tokens in the whole sequence (B, P + K); None if all enter the block.
     """
     has_class_token: bool
     num_prefix_tokens: int
@@ -28,13 +28,13 @@ class Layout(NamedTuple):
 
 @torch.fx.wrap
 def class_query(query: Tensor, layout: Layout, rotation: Tensor | None = None, rotate_half: bool = False) -> Tensor:
-    """Query that looks at the tokens: that of the class token, or without one the mean of those of the patch tokens.
+    """Query of the class token; without a class token, the mean query of the patch tokens.
 
     Args:
         query: Queries of all tokens present, not yet rotated (B, H, L, d).
-        layout: What these tokens are.
-        rotation: Rotations of the tokens present but the prefix, if they are rotated.
-        rotate_half: Whether a rotation turns the two halves of the channels, or pairs of neighbours.
+        layout: Kinds of these tokens.
+        rotation: Rotations of the tokens present without the prefix, if they are rotated.
+        rotate_half: Whether a rotation pairs channels of the two halves, or else neighbouring channels.
 
     Returns:
         One query per head, as the attention uses it (B, H, d).
@@ -58,15 +58,15 @@ def class_products(
 ) -> Tensor:
     """Products of the query of the class token with the keys of all tokens.
 
-    Half precision is raised to float32, because large products would overflow.
+    Half precision is converted to float32, because large products would overflow.
 
     Args:
         query: Query of the class token, one per head (B, H, d).
-        key: Keys of all tokens present, not yet rotated (B, H, L, d); of fewer heads in grouped-query attention.
+        key: Keys of all tokens present, not yet rotated (B, H, L, d); with fewer heads in grouped-query attention.
         scale: Factor on the products, 1 / sqrt(d) of the attention.
         num_prefix_tokens: Number of prefix tokens P, which are never rotated.
-        rotation: Rotations of the tokens present but the prefix, if they are rotated.
-        rotate_half: Whether a rotation turns the two halves of the channels, or pairs of neighbours.
+        rotation: Rotations of the tokens present without the prefix, if they are rotated.
+        rotate_half: Whether a rotation pairs channels of the two halves, or else neighbouring channels.
 
     Returns:
         Products (B, H, L) in float32 or wider.
@@ -76,7 +76,7 @@ def class_products(
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     if rotation is None:
         return (key * query).sum(dim=3)  # matmul copies the keys, which takes three times as long
-    # the query turned back by the place of a token, which takes fewer steps than to turn the token's key
+    # rotate the query back by the position of each token: this takes fewer steps than rotating the keys
     sin, cos = rotation.chunk(2, dim=-1)
     turned = apply_rot_embed_cat(query, torch.cat([-sin, cos], dim=-1), half=rotate_half)
     return torch.cat([
@@ -89,7 +89,7 @@ def class_products(
 def gather_rotations(rotation: Tensor, positions: Tensor, num_prefix_tokens: int, representative: bool) -> Tensor:
     """Rotations of the tokens that go through the blocks.
 
-    A token keeps the rotation of its place. The representative token stands for no place and is not rotated.
+    A token keeps the rotation of its position. The representative token has no position and is not rotated.
 
     Args:
         rotation: Rotations of all patch tokens (N, 2d), (H, N, 2d) or (B, 1 or H, N, 2d).
@@ -119,15 +119,15 @@ def gather_rotations(rotation: Tensor, positions: Tensor, num_prefix_tokens: int
 
 @torch.fx.wrap
 def mean_attention(attention: Tensor, num_heads: int, num_tokens: int, class_token: bool) -> Tensor:
-    """Class attention from an attention matrix at hand, averaged over the heads.
+    """Class attention from an attention matrix, averaged over the heads.
 
-    Without a class token, the average of the patch tokens takes its place, as the head that averages them reads it.
-    Half precision is raised to float32, as in `class_attention`.
+    Without a class token it is the mean attention of the patch tokens, because the head reads the mean of these tokens.
+    Half precision is converted to float32.
 
     Args:
-        attention: Attention of all tokens present (H * B, T, L), or of those that are left by downsampling.
+        attention: Attention (H * B, T, L) of all tokens present, or of those that remain after downsampling.
         num_heads: Number of heads H.
-        num_tokens: Number of tokens K that look and are looked at, the first ones: all but a representative token.
+        num_tokens: Number of tokens K without a representative token, which is the last.
         class_token: Whether the first token is the class token.
 
     Returns:
@@ -151,17 +151,17 @@ def downsampled_class_attention(
         stride: int,
         num_prefix_tokens: int,
 ) -> Tensor:
-    """Scores of the tokens that are left where an attention downsamples the grid.
+    """Scores of the tokens that remain after an attention has downsampled the grid.
 
-    As in the authors' LeViT, the patch tokens that are left share the sum that all had, so the new attention keeps its
-    weight against the old.
+    As in the authors' LeViT, the remaining patch tokens get the sum that all patch tokens had, so that new attention
+    keeps its weight relative to the old.
 
     Args:
         scores: Scores before that attention (B, P + N).
-        evolved: Scores evolved by that attention (B, P + N).
+        evolved: Scores updated with that attention (B, P + N).
         grid_size: Height and width of the grid of the N patch tokens.
-        stride: Step between the rows and columns that are left.
-        num_prefix_tokens: Number of prefix tokens P, which are all left.
+        stride: Step between the rows and columns that remain.
+        num_prefix_tokens: Number of prefix tokens P, which all remain.
 
     Returns:
         Scores (B, P + M).

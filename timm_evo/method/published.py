@@ -1,13 +1,13 @@
-""" The published selection: the steps of the paper in its order, and the object that takes them in a forward pass
+""" The published selections, `'stage'` and `'layer'`: the steps of the paper in its order, and their selector
 
 `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390.
 
-Each step is one node to symbolic tracing (`torch.fx.wrap`): how many tokens are slow follows from the shape of the
-input, which tracing does not know.
+Symbolic tracing sees each step as one node (`torch.fx.wrap`), because the number of slow tokens depends on the shape of
+the input, which tracing does not know.
 
 Shapes: B images, P prefix tokens (class, distillation, registers), N patch tokens, K of them slow, L tokens present,
-C channels, H heads of d channels. Sequences are laid out as timm's: prefix first, then the patches in grid order. While
-a selection is open, the blocks see [prefix, slow tokens, representative token].
+C channels, H heads of d channels. Sequences have timm's order: first the prefix, then the patches in grid order. After
+a selection, the blocks of its segment get [prefix, slow tokens, representative token].
 """
 import torch
 import torch.fx
@@ -35,7 +35,7 @@ def class_attention(
     Paper: class attention, section "Structure preserving token selection". The arguments are those of `class_products`.
 
     Returns:
-        Attention (B, L) in float32 or wider, because small shares tie in ranks; every row sums to H.
+        Attention (B, L); every row sums to H. In float32 or wider, because in half precision small shares become equal.
     """
     products = class_products(query, key, scale, num_prefix_tokens, rotation, rotate_half)
     return products.softmax(dim=-1).sum(dim=1)
@@ -48,16 +48,16 @@ def global_class_attention(
         tradeoff: float,
         learned: Tensor | None = None,
 ) -> Tensor:
-    """Evolve the scores by one block: A <- (1 - alpha) A + alpha a for the tokens that went through it.
+    """Update the scores of the tokens in a block: A <- (1 - alpha) A + alpha a.
 
-    Paper: global class attention, section "Structure preserving token selection". Prefix tokens have scores, too, which
-    nothing reads; so one index serves tokens and scores.
+    Paper: global class attention, section "Structure preserving token selection". Prefix tokens also have scores, so
+    that one index serves tokens and scores. Nothing reads them.
 
     Args:
-        scores: Scores so far of these tokens (B, P + K); None before the first block, which sets them.
-        attention: Class attention of the tokens that went through the block but a representative one (B, P + K).
+        scores: Scores of these tokens before the update (B, P + K); None for the first block.
+        attention: Class attention of the tokens in the block, without a representative token (B, P + K).
         tradeoff: alpha, the share of the new attention.
-        learned: Learned trade-off (1,), whose sigmoid takes the place of `tradeoff`.
+        learned: Learned trade-off (1,); its sigmoid replaces `tradeoff`.
 
     Returns:
         Scores (B, P + K).
@@ -78,13 +78,13 @@ def select_tokens(scores: Tensor, keep_ratio: float, num_prefix_tokens: int) -> 
     Args:
         scores: Global class attention (B, P + N).
         keep_ratio: Share of the patch tokens on the slow path.
-        num_prefix_tokens: Number of prefix tokens P, which are always on it.
+        num_prefix_tokens: Number of prefix tokens P, which are always on the slow path.
 
     Returns:
         Positions in the sequence of the prefix tokens and K = int(keep_ratio * N) slow tokens (B, P + K).
 
     Raises:
-        ValueError: No patch token would be left on the slow path.
+        ValueError: No patch token would be on the slow path.
     """
     num_slow = count_slow(keep_ratio, scores.shape[1] - num_prefix_tokens)
     slow = patches(scores, num_prefix_tokens).topk(num_slow, dim=1, sorted=False)[1]  # their order has no meaning
@@ -97,20 +97,20 @@ def select_tokens(scores: Tensor, keep_ratio: float, num_prefix_tokens: int) -> 
 
 @torch.fx.wrap
 def representative_token(x: Tensor, scores: Tensor, slow: Tensor) -> Tensor:
-    """Summarise the placeholder tokens in one, weighted by their share of the scores.
+    """Average the placeholder tokens into one token, weighted by their scores.
 
     Paper: representative token, section "Slow-fast token updating".
 
     Args:
         x: Full sequence (B, P + N, C).
         scores: Global class attention (B, P + N).
-        slow: Positions of prefix and slow tokens (B, P + K), which take no part.
+        slow: Positions of prefix and slow tokens (B, P + K), which are not averaged.
 
     Returns:
         Representative token (B, 1, C).
     """
     weight = scores.scatter(1, slow, 0.)
-    # a floor of about the smallest float32, because the scores of all placeholders can underflow to zero together
+    # at least about the smallest float32, because the scores of all placeholders can underflow to zero
     weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-37)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
@@ -119,31 +119,31 @@ def representative_token(x: Tensor, scores: Tensor, slow: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def follow(x: Tensor, tokens: Tensor, slow: Tensor, representative: Tensor | None) -> Tensor:
-    """Give the full sequence back after some blocks of a segment.
+    """Restore the full sequence after some blocks of a segment.
 
-    Paper: section "Slow-fast token updating". One rule for all: a token is what it was when the blocks began, moved by
-    what the token that it follows was moved by since. Prefix and slow tokens follow themselves, so they get exactly
-    what the blocks gave. Every placeholder follows the representative token; without one it follows none, and stays.
+    Paper: section "Slow-fast token updating". Each token follows one token: to its value at the beginning of the
+    segment, the change of the followed token is added. Prefix and slow tokens follow themselves, so they are exactly
+    the output of the blocks. Placeholders follow the representative token; without one they are unchanged.
 
     Args:
         x: Full sequence at the beginning of the segment (B, P + N, C).
-        tokens: What came out of the blocks: [prefix, slow tokens, representative token] (B, P + K + 1, C), without the
-            last where there is none.
+        tokens: Output of the blocks: [prefix, slow tokens, representative token] (B, P + K + 1, C), or (B, P + K, C)
+            without a representative token.
         slow: Positions of prefix and slow tokens (B, P + K).
         representative: Representative token that went into the blocks (B, 1, C), if any.
 
     Returns:
         Full sequence (B, P + N, C).
     """
-    # added to all, because the copy overwrites the others: the placeholders need no index of their own
+    # added to all tokens: the slow ones are overwritten below, so the placeholders need no index
     moved = x.clone() if representative is None else x + (tokens[:, -1:] - representative)
-    moved = moved.contiguous()  # which it is not where the patches come as columns of a feature map
+    moved = moved.contiguous()  # it is not, if the patches are columns of a feature map
     image = torch.arange(slow.shape[0], device=slow.device).unsqueeze(1)
     return moved.index_put_((image, slow), tokens[:, :slow.shape[1]])
 
 
 class ByClassAttention(Selector):
-    """Selection of the tokens with the highest scores, the others follow a representative one."""
+    """Selection of the tokens with the highest scores; the others follow the representative token."""
 
     def __init__(
             self,
@@ -154,21 +154,21 @@ class ByClassAttention(Selector):
     ) -> None:
         """
         Args:
-            schedule: What each block has to do.
+            schedule: Schedule of the blocks.
             num_prefix_tokens: Number of prefix tokens P.
             fast_update: Whether a representative token goes through the blocks for the placeholders.
-            scores: Scores of all tokens before the first block (B, P + N), if there are some already.
+            scores: Scores of all tokens before the first block (B, P + N), if any.
         """
         super().__init__(schedule, num_prefix_tokens)
-        self.scores = scores  # of the tokens present but a representative one (B, P + K); None where nothing reads them
+        self.scores = scores  # of the tokens present without a representative one (B, P + K); None if nothing reads it
         self.fast_update = fast_update
         self._begun: tuple[Tensor, Tensor | None] | None = None
         self._representative: Tensor | None = None
-        self._place: Tensor | None = None  # by kernels: where each token is among those present (B, P + N)
-        self._entered: Tensor | None = None  # by kernels: what went into the blocks
+        self._place: Tensor | None = None  # set by kernels: position of each token among those present (B, P + N)
+        self._entered: Tensor | None = None  # set by kernels: input of the blocks
 
     def hear(self, block: int, attention: Tensor) -> None:
-        """Take the class attention of a block that it `listens` to: that of all tokens present (B, L)."""
+        """Update the scores with the class attention of a block for all tokens present (B, L), see `listens`."""
         if self._representative is not None:
             attention = attention[:, :-1]
         self.scores = global_class_attention(self.scores, attention, self.schedule.tradeoff[block])
@@ -176,7 +176,7 @@ class ByClassAttention(Selector):
     def whole(self, x: Tensor) -> Tensor:
         if self._begun is None or self.present is None:
             return x
-        if self._place is None or is_differentiated(x):  # from a block that is trained, behind some that are not
+        if self._place is None or is_differentiated(x):  # kernels may have selected, but a later block is trained
             return follow(self._begun[0], x, self.present, self._representative)
         return launch('follow', self._begun[0], x, self._place, self._entered, self.present.shape[1])
 
@@ -209,7 +209,7 @@ class ByClassAttention(Selector):
         return torch.cat([tokens, self._representative], dim=1)
 
     def _select_by_kernels(self, block: int, x: Tensor, scores: Tensor) -> Tensor:
-        """As `_select`."""
+        """Do the same as `_select`, with kernels."""
         num_slow = count_slow(self.schedule.keep_ratio[block], x.shape[1] - self.num_prefix_tokens)
         present, self._place, weight, present_scores = launch(
             'select_tokens', scores, num_slow, self.num_prefix_tokens)

@@ -1,4 +1,4 @@
-""" Steps on sequences of tokens that both kinds of selection take
+""" Steps on sequences of tokens, for both kinds of selection
 
 Batches are reshaped by `view`, because `unflatten` would fix their size in a traced ONNX graph. Shapes are those of
 `published`.
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 def is_one_image(batch_size: int) -> bool:
-    """Whether a batch is known to hold one image, which takes fewer steps.
+    """Whether the batch is known to have one image, which needs fewer steps.
 
-    Where a trace, an export or a compiler leaves the size open, what is compared is no bool, and to take it for one
+    In a trace, an export or a compiler with a dynamic batch size, the comparison gives no bool. Converting it to one
     would fix the size.
     """
     return (batch_size == 1) is True
 
 
 def patches(x: Tensor, num_prefix_tokens: int) -> Tensor:
-    """What a sequence (B, P + N, ...) holds of the patch tokens (B, N, ...)."""
-    return x if num_prefix_tokens == 0 else x[:, num_prefix_tokens:]  # a slice of all takes its time, too
+    """The part of a sequence (B, P + N, ...) that belongs to the patch tokens (B, N, ...)."""
+    return x if num_prefix_tokens == 0 else x[:, num_prefix_tokens:]  # a slice of everything also costs time
 
 
 def count_slow(keep_ratio: float, num_patches: int) -> int:
@@ -30,32 +30,32 @@ def count_slow(keep_ratio: float, num_patches: int) -> int:
         num_patches: Number of patch tokens of the image N.
 
     Raises:
-        ValueError: No patch token would be left on the slow path.
+        ValueError: No patch token would be on the slow path.
     """
     product = keep_ratio * num_patches
-    # a symbol stays one where an export leaves the image size open
+    # `sym_int` keeps a symbol, so that an export can leave the image size dynamic
     num_slow = int(product) if isinstance(product, float) else torch.sym_int(product)
     if num_slow < 1:
         raise ValueError(
-            f'keep_ratio={keep_ratio} of {num_patches} patch tokens leaves none on the slow path, '
-            'use a larger keep_ratio or a larger image.')
+            f'keep_ratio={keep_ratio} of {num_patches} patch tokens leaves none on the slow path. '
+            'Use a larger keep_ratio or a larger image.')
     return num_slow
 
 
 def count_left(share: float, num_patches: int, num_prefix_tokens: int, num_present: int, is_aligned: bool) -> int:
-    """Number of patch tokens that are left when some are averaged into others.
+    """Number of patch tokens that remain after some are averaged into others.
 
     Args:
-        share: Share of the patch tokens of the image that is to be left.
+        share: Share of the patch tokens of the image that should remain.
         num_patches: Number of patch tokens of the image N.
         num_prefix_tokens: Number of prefix tokens P.
-        num_present: Number of patch tokens that are there, of which at most half go, rounded up.
-        is_aligned: Whether a multiple of 8 is to be left with the prefix, for which attention with a mask takes half of
-            the time on a GPU. The cost changes by less than 3%; in a grid of less than 128 patches, where it would
-            change by more, the share alone counts.
+        num_present: Number of patch tokens before. At most half of them, rounded up, are averaged into others.
+        is_aligned: Whether prefix and remaining tokens should be a multiple of 8, because attention with a mask then
+            takes half of the time on a GPU. The cost changes by less than 3%. It would change by more in a grid of
+            less than 128 patches, so these are not aligned.
 
     Raises:
-        ValueError: No patch token would be left.
+        ValueError: No patch token would remain.
     """
     num_left = count_slow(share, num_patches)
     if is_aligned and num_patches >= 128:
@@ -69,11 +69,11 @@ def count_left(share: float, num_patches: int, num_prefix_tokens: int, num_prese
 
 
 def rows(positions: Tensor, num_tokens: int) -> Tensor:
-    """Positions (B, K) in sequences of a length as rows of the whole batch (B * K,), to copy whole rows at once."""
+    """Positions (B, K) in sequences of `num_tokens` as rows of the flattened batch (B * K,), to copy whole rows."""
     if is_one_image(positions.shape[0]):
         return positions.view(-1)
     sequence = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
-    return (positions + sequence * num_tokens).view(-1)  # no `alpha`, of which torch 2.8 exports no open size to ONNX
+    return (positions + sequence * num_tokens).view(-1)  # with `alpha`, torch 2.8 exports no dynamic size to ONNX
 
 
 @torch.fx.wrap

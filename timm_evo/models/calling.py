@@ -15,17 +15,17 @@ def call_block(
         attn_mask: Tensor | None,
         is_checkpointed: bool,
 ) -> Tensor:
-    """Call a block with no more than it needs, as blocks of a user may know nothing of rotations or masks.
+    """Call a block with only the arguments it needs, because blocks of a user may not take rotations or masks.
 
     Args:
         block: The block.
         x: Tokens present (B, L, C).
-        rotation: Rotations of the tokens present but the prefix, if any.
-        attn_mask: What attention adds to its logits (B, 1, 1, L), if anything.
-        is_checkpointed: Whether it is to be computed once more for its gradient.
+        rotation: Rotations of the tokens present without the prefix, if any.
+        attn_mask: Mask that attention adds to its logits (B, 1, 1, L), if any.
+        is_checkpointed: Whether to compute the block again for its gradient, instead of storing activations.
 
     Returns:
-        What the block returns (B, L, C).
+        Output of the block (B, L, C).
     """
     arguments: dict[str, Tensor] = {}
     if rotation is not None:
@@ -35,21 +35,21 @@ def call_block(
     try:
         if not is_checkpointed:
             return block(x, **arguments)
-        # by position, because a reentrant checkpoint takes no names
+        # by position, because a reentrant checkpoint takes no keyword arguments
         return checkpoint(partial(_call_by_name, block, tuple(arguments)), x, *arguments.values())
     except TypeError:
-        if attn_mask is not None:  # it may have been put in after the model was evolved
+        if attn_mask is not None:  # the block may have been replaced after the model was evolved
             check_takes_mask(block)
         raise
 
 
 def _call_by_name(block: nn.Module, names: tuple[str, ...], x: Tensor, *values: Tensor) -> Tensor:
-    """Call a block with the tokens and, by these names, these values."""
+    """Call a block with the tokens, and with the values as keyword arguments of these names."""
     return block(x, **dict(zip(names, values, strict=True)))
 
 
 def check_takes_mask(block: nn.Module) -> None:
-    """Refuse a block that cannot be told how many tokens each one counts, which selection by similarity needs.
+    """Check that a block takes an attention mask, by which selection by similarity weights averaged tokens.
 
     Raises:
         TypeError: Its forward takes no `attn_mask`.
@@ -57,5 +57,5 @@ def check_takes_mask(block: nn.Module) -> None:
     parameters = inspect.signature(block.forward).parameters
     if 'attn_mask' not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise TypeError(
-            f"{type(block).__name__} is not allowed as a block with selection='similarity', its forward takes no "
-            "attn_mask. Let it take one, as timm's blocks do, or use selection='stage' or 'layer'.")
+            f"{type(block).__name__} is not allowed as a block with selection='similarity', because its forward takes "
+            "no attn_mask. Add this argument, as in timm's blocks, or use selection='stage' or 'layer'.")

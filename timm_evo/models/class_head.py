@@ -1,7 +1,7 @@
 """ A second head on the class token
 
-The authors' DeiT classifies the mean of the patch tokens. While it is trained, a second head reads the class token, so
-that what selects is supervised.
+The authors' DeiT classifies the mean of the patch tokens. In training, a second head reads the class token, so that the
+class token, whose attention selects, is supervised, too.
 """
 import copy
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 __all__ = ['ClassHead']
 
 if TYPE_CHECKING:
-    from .flat import FlatModel as _Model  # stands behind `ClassHead` in the bases of a model
+    from .flat import FlatModel as _Model  # follows `ClassHead` in the bases of a model
 else:
     _Model = object
 
@@ -23,14 +23,14 @@ class ClassHead(_Model):
     def _init_class_head(self, class_head: bool) -> None:
         if class_head and (self.global_pool != 'avg' or not self.has_class_token):
             raise ValueError(
-                "class_head=True is not allowed, it needs a class token and global_pool='avg', "
+                "class_head=True is not allowed: it needs a class token and global_pool='avg', "
                 f'not global_pool={self.global_pool!r}.')
         self.class_head = class_head
         # copies, so that dtype, device and mode are those of the pooled head
         self.norm_cls = copy.deepcopy(self.fc_norm) if class_head else nn.Identity().train(self.training)
         self.head_cls = copy.deepcopy(self.head) if class_head else nn.Identity().train(self.training)
         init_weights_vit_timm(self.head_cls)
-        self.distilled_training = False  # must be True to train each head on a target of its own
+        self.distilled_training = False  # must be True to train each head on its own target
 
     def get_classifier(  # pyright: ignore[reportIncompatibleMethodOverride]
             self) -> nn.Module | tuple[nn.Module, nn.Module]:
@@ -38,17 +38,17 @@ class ClassHead(_Model):
         return (self.head, self.head_cls) if self.class_head else self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Reset the classifier head, as timm's; the class head goes with the patch-mean pooling."""
+        """Reset the classifier head, as timm's; the class head is removed unless global_pool='avg'."""
         super().reset_classifier(num_classes, global_pool)
         if self.class_head:
-            norm_cls = self.norm_cls  # stays, as timm's `fc_norm` does
+            norm_cls = self.norm_cls  # is kept, as timm's `fc_norm`
             self._init_class_head(self.global_pool == 'avg')
             self.norm_cls = norm_cls if self.class_head else self.norm_cls
 
     def set_distilled_training(self, enable: bool = True) -> None:
         """Return the logits of both heads separately while training, as timm's `VisionTransformerDistilled`."""
         if enable and not self.class_head:
-            raise ValueError('Distilled training needs a second head, create the model with class_head=True.')
+            raise ValueError('Distilled training needs a second head. Create the model with class_head=True.')
         self.distilled_training = enable
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

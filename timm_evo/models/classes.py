@@ -1,4 +1,4 @@
-""" Classes of modules that change while these live """
+""" Changing the class of a module """
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,19 +12,19 @@ __all__ = ['attribute_names', 'change_class', 'combined_class']
 
 
 def attribute_names(module: nn.Module) -> frozenset[str]:
-    """Names of all that a module has of its own."""
+    """Names of a module's own attributes, parameters, buffers and submodules."""
     return frozenset([*vars(module), *own_names(module)])
 
 
 def change_class(module: nn.Module, new_class: Callable[[type[nn.Module]], type[nn.Module]]) -> None:
-    """Give a module another class in the place of its own.
+    """Change the class of a module.
 
-    PyTorch's parametrizations of a module are in a class that it derives from the module's own, and rolls back when the
-    last one is removed. That class stays, derived from the new one.
+    For parametrizations, PyTorch derives a class from the module's class, and removes it with the last parametrization.
+    Such a class is derived from the new class instead.
 
     Args:
         module: The module, whose class is changed in place.
-        new_class: From the class without parametrizations to the new one.
+        new_class: Function from the class without parametrizations to the new class.
     """
     old_cls = parametrize.type_before_parametrizations(module)
     cls = new_class(old_cls)
@@ -38,11 +38,11 @@ def change_class(module: nn.Module, new_class: Callable[[type[nn.Module]], type[
 
 @functools.cache
 def combined_class(evolved_cls: type, dense_cls: type) -> Any:
-    """The evolved class of a family for a class of timm or of its user."""
+    """The evolved class for a class of timm or of a user."""
     return type(f'Evo{dense_cls.__name__}', (evolved_cls, dense_cls), {
         '__doc__': f'`{dense_cls.__name__}` with token evolution.',
         '__module__': dense_cls.__module__,
-        # a copy or a file can't find it by its name
+        # copying and pickling cannot find the class by its name
         '__reduce__': lambda self: (_new, (evolved_cls, dense_cls), self.__getstate__()),
     })
 

@@ -1,9 +1,9 @@
 """ Weights from the Hugging Face Hub, checked and explained
 
-timm and huggingface_hub do the downloading. huggingface_hub compares the size of what comes over http with what was
-announced, not its checksum, and the readers of a damaged file don't know where it is from. Its `verify_repo_checksums`
-is not used: it asks the Hub once more, for all files of a repository, and says nothing where there is no connection,
-while the cache names large files by their checksums.
+timm and huggingface_hub download them. Of a download over http, huggingface_hub checks the size, but not the checksum,
+and the error for a damaged file does not say where the file is from. `verify_repo_checksums` of huggingface_hub is not
+used: it sends another request, for all files of a repository, and needs a connection. The cache has the checksums of
+large files as their names.
 """
 import re
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ from ..errors import reason
 
 @contextmanager
 def checked_weights(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> Iterator[None]:
-    """Around timm's building of a model and loading of weights: leave no damaged download, and say what failed.
+    """A context in which timm loads weights: damaged downloads are removed, and errors say what failed.
 
-    What was downloaded inside this context is compared with its checksum, which takes a second or more per GB. What was
-    in the cache before is not, until it cannot be read. So damage that comes later and leaves a file readable is not
-    found, nor is that of a download whose process ended before it was checked.
+    Files that are downloaded inside the context are compared with their checksums, which takes a second or more per GB.
+    Files that were in the cache before are compared only if they cannot be read. So damage is not found if it happens
+    later and the file can still be read, or if the process of the download ended before the check.
 
     Args:
         variant: Name of the model.
-        cfg: Its pretrained configuration; nothing is done where that has no repository of the Hub.
+        cfg: Its pretrained configuration. Nothing is checked if it has no repository of the Hub.
         cache_dir: Cache of huggingface_hub, its own default if None.
 
     Raises:
@@ -47,11 +47,11 @@ def checked_weights(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | No
         yield
     except Exception as error:
         if not any(frame.f_code is load_state_dict_from_hf.__code__ for frame, _ in walk_tb(error.__traceback__)):
-            raise  # it is about the model
+            raise  # the error is not about the weights
         _refuse_damaged(failed, set(blobs.glob('*')))
         raise RuntimeError(
-            f'{failed} {reason(error)} Check the connection, and whether you have access to the '
-            'repository (`hf auth login`); what is in the cache is used without both.') from error
+            f'{failed} {reason(error)} Check the connection, and your access to the repository (`hf auth login`). '
+            'Weights in the cache need neither.') from error
     _refuse_damaged(failed, set(blobs.glob('*')) - cached)
 
 
@@ -60,12 +60,12 @@ def _refuse_damaged(failed: str, blobs: set[Path]) -> None:
     weights = [blob for blob in blobs if re.fullmatch('[0-9a-f]{64}', blob.name) and blob.is_file()]
     damaged = [blob for blob in weights if _checksum(blob) != blob.name]
     for blob in damaged:
-        blob.resolve().unlink()  # it may be a link to where repositories share files
+        blob.resolve().unlink()  # it may be a link to a file that repositories share
         blob.unlink(missing_ok=True)
     if damaged:
         raise RuntimeError(
-            f'{failed} What was downloaded was damaged, and was removed from the cache. Try again; if that does not '
-            'help, it is damaged on the Hub.')
+            f'{failed} The download was damaged and was removed from the cache. Try again. If that does not help, the '
+            'file on the Hub is damaged.')
 
 
 def _checksum(file: Path) -> str:

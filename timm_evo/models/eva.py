@@ -1,8 +1,8 @@
 """ timm's `Eva` with token evolution: EVA, EVA-02, DINOv3, Perception Encoder, ROPE-ViT
 
-Most of these models have rotary position embeddings. A token keeps the rotation of its place when others have gone. The
-representative token stands for no place and is not rotated. The blocks take rotations of each image, as timm gives them
-where patches are dropped in training.
+Most of these models have rotary position embeddings. A selected token keeps the rotation of its position. The
+representative token has no position and is not rotated. The blocks get rotations for each image, as timm gives them
+when it drops patches in training.
 """
 from timm.models.eva import Eva
 from torch import Tensor
@@ -12,12 +12,12 @@ from .flat import FlatModel
 
 __all__ = ['EvaEvolution', 'EvoEva']
 
-# as for `VisionTransformer`
+# for torchvision's tracer, see `vision_transformer`
 exec("torch.fx.wrap('resample_abs_pos_embed')", Eva._pos_embed.__globals__)
 
 
 class EvaEvolution(FlatModel):
-    """Token evolution for a timm `Eva`, to stand before it in the bases of a class."""
+    """Token evolution for timm's `Eva`, which follows it in the bases of a class."""
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = self._embed_patches(x)

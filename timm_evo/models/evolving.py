@@ -1,4 +1,4 @@
-""" A dense model becomes evolved """
+""" Adding evolution to a dense model """
 from typing import Any, cast
 
 from timm.models.deit import VisionTransformerDistilled
@@ -15,25 +15,25 @@ from .classes import attribute_names, change_class, combined_class
 
 __all__ = ['check_arguments', 'evolved_class', 'give_evolution']
 
-# What stands before a class of timm, and of what is derived from it, where nothing is known of the head.
+# Evolution classes for any head; in the bases of an evolved class they come before timm's class or its subclass.
 _EVOLUTIONS: dict[type[nn.Module], type[EvolvedModel]] = {
     VisionTransformer: vision_transformer.VisionTransformerEvolution,
     Eva: eva.EvaEvolution,
     Levit: levit.LevitEvolution,
 }
-# Evolved classes of those whose head is known, subclasses before their bases.
+# Evolved classes for timm's classes with their own heads; subclasses come before their bases.
 _EVOLVED: dict[type[nn.Module], type[EvolvedModel]] = {
     VisionTransformerDistilled: vision_transformer.EvoVisionTransformerDistilled,
     VisionTransformer: vision_transformer.EvoVisionTransformer,
     Eva: eva.EvoEva,
     LevitDistilled: levit.EvoLevit,
 }
-# What evolution replaces of a model. A class with an own one of these is another model than timm's.
+# Methods that evolution replaces. A class that overrides one of these cannot be evolved.
 _REPLACED = ('forward', 'forward_features', 'forward_intermediates', 'get_intermediate_layers')
 
 
 def check_arguments(evolved_cls: type[EvolvedModel], arguments: dict[str, Any]) -> None:
-    """Refuse arguments that a model of this class would not have. Those of other families may be at their defaults.
+    """Check that a model of this class would have the arguments. Others are allowed at their defaults.
 
     Raises:
         TypeError: An argument is not known.
@@ -41,14 +41,14 @@ def check_arguments(evolved_cls: type[EvolvedModel], arguments: dict[str, Any]) 
     """
     if issubclass(evolved_cls, levit.LevitEvolution) and arguments.get('class_token'):
         raise ValueError(
-            'class_token=True is not allowed for a model that is there, its attentions would lose their biases. Create '
-            "the published scheme by timm.create_model('evo_levit_cls_*').")
+            'class_token=True is not allowed for an existing model, because its attentions would lose their biases. '
+            "Create a model with a class token by timm.create_model('evo_levit_cls_*').")
     changed = [name for name, value in arguments.items() if name not in DEFAULTS or plain(value) != DEFAULTS[name]]
     evolved_cls.check_names(changed, evolved_cls.ARGUMENTS)
 
 
 def give_evolution(model: nn.Module, evolved_cls: type[EvolvedModel], config: EvolutionConfig) -> EvolvedModel:
-    """Give token evolution to a dense timm model of this `evolved_class`, in place, see `timm_evo.evolve`."""
+    """Add token evolution to a dense timm model, in place, see `timm_evo.evolve` and `evolved_class`."""
     dense = attribute_names(model)
     change_class(model, lambda dense_cls: evolved_cls)
     model = cast(EvolvedModel, model)
@@ -62,16 +62,16 @@ def give_evolution(model: nn.Module, evolved_cls: type[EvolvedModel], config: Ev
 
 
 def _evolved_subclass(dense_cls: type[nn.Module], timm_cls: type[nn.Module]) -> type[EvolvedModel]:
-    """The evolved class of `timm_cls`, a key of `_EVOLUTIONS`, or of a subclass of it; refuses another forward pass."""
+    """The evolved class for `timm_cls`, a key of `_EVOLUTIONS`, or for a subclass with the same forward pass."""
     for method in _REPLACED:
         if hasattr(timm_cls, method) and getattr(dense_cls, method) is not getattr(timm_cls, method):
             raise TypeError(
-                f"{dense_cls.__name__} cannot be evolved, its {method} is its own and not that of timm's "
+                f"{dense_cls.__name__} cannot be evolved, because it overrides {method} of timm's "
                 f'{timm_cls.__name__}.')
     if dense_cls in _EVOLVED:
         return _EVOLVED[dense_cls]
     for known_cls, evolved_cls in _EVOLVED.items():
-        if issubclass(dense_cls, known_cls) and hasattr(known_cls, 'pool') and all(  # a LeViT has parts of its own
+        if issubclass(dense_cls, known_cls) and hasattr(known_cls, 'pool') and all(  # a LeViT has no `pool`
                 getattr(dense_cls, name) is getattr(known_cls, name) for name in ('forward_head', 'pool')):
             return combined_class(evolved_cls, dense_cls)
     return combined_class(_EVOLUTIONS[timm_cls], dense_cls)
@@ -81,29 +81,29 @@ def evolved_class(model: nn.Module) -> type[EvolvedModel]:
     """The class to give to a model.
 
     Raises:
-        TypeError: There is none; the message has the reason.
+        TypeError: The model cannot be evolved. The message has the reason.
     """
     if isinstance(model, str):
         raise TypeError(
-            f'evolve takes a model, not its name {model!r}. timm.create_model makes one that is evolved: evo_* names '
-            'are those that timm_evo adds to timm.')
+            f'evolve takes a model, not its name {model!r}. timm.create_model creates an evolved model by the evo_* '
+            'names that timm_evo adds to timm.')
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise TypeError(f'evolve takes a model, a torch.nn.Module, not {name}.')
     if isinstance(model, EvolvedModel):
-        raise TypeError(f'{name} is evolved already, its set_evolution changes the arguments.')
+        raise TypeError(f'{name} is evolved already. Use its set_evolution to change the arguments.')
     dense_cls = parametrize.type_before_parametrizations(model)
     for timm_cls in _EVOLUTIONS:
         if issubclass(dense_cls, timm_cls):
             return _evolved_subclass(dense_cls, timm_cls)
     for path, module in model.named_modules():
         if isinstance(module, EvolvedModel):
-            raise TypeError(f'{name} has a model in it that is evolved already, `.{path}`.')
+            raise TypeError(f'{name} has a submodule that is evolved already, `.{path}`.')
         if isinstance(module, tuple(_EVOLUTIONS)):
             raise TypeError(
-                f'{name} cannot be evolved, but the {type(module).__name__} in it can, which is `.{path}`: evolve '
-                'that, before it is compiled.')
-    raise TypeError(f'{name} cannot be evolved, {_reason(model)}. VisionTransformer, Eva, Levit and their '
+                f'{name} cannot be evolved, but its submodule `.{path}` can, a {type(module).__name__}. Evolve that '
+                'one before it is compiled.')
+    raise TypeError(f'{name} cannot be evolved, because {_reason(model)}. VisionTransformer, Eva, Levit and their '
                     'subclasses in timm can.')
 
 
@@ -113,7 +113,7 @@ def _reason(model: nn.Module) -> str:
         return 'its attention has biases by relative position, which need the whole grid'
     library = type(model).__module__.partition('.')[0]
     if library in ('torchvision', 'transformers'):
-        return f"it is a model of {library}, and evolution is for timm's"
+        return f"it is a model of {library}, and only timm's models can be evolved"
     if 'attn' not in names and 'attention' not in names:
-        return 'it has no attention, and so no tokens to select'
+        return 'it has no attention and no tokens to select'
     return "its forward pass is not that of timm's VisionTransformer, Eva or Levit"

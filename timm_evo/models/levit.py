@@ -1,7 +1,7 @@
 """ LeViT with token evolution
 
-`Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390, over timm's
-LeViT. Because no token is dropped, the grid is whole wherever the pyramid halves it.
+`Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390, for timm's
+LeViT. No token is dropped, so the grid is complete wherever a stage downsamples it.
 """
 import math
 from collections.abc import Collection
@@ -29,9 +29,9 @@ __all__ = ['EvoLevit', 'LevitEvolution']
 
 
 class LevitEvolution(EvolvedModel):
-    """Token evolution for a timm `Levit`, to stand before it in the bases of a class.
+    """Token evolution for timm's `Levit`, which follows it in the bases of a class.
 
-    The attention that the average of the patch tokens pays gives the scores, because the head reads that average.
+    Scores are the mean attention of the patch tokens, because the head reads the mean of these tokens.
 
     Takes the arguments of the timm class and those of `EvolutionConfig`.
     """
@@ -46,8 +46,8 @@ class LevitEvolution(EvolvedModel):
         sides = to_2tuple(img_size)
         if any(size % stride for size in sides):
             raise ValueError(
-                f'img_size={sides} is not allowed, height and width must be multiples of {stride}: the stages halve '
-                f'a grid of {" x ".join(str(size // stride) for size in sides)}, the stem would give another.')
+                f'img_size={sides} is not allowed. Height and width must be multiples of {stride}, because the stages '
+                f'expect a grid of {" x ".join(str(size // stride) for size in sides)} from the stem.')
         self.init_evolution(EvolutionConfig(**arguments))
         self.img_size = sides
 
@@ -56,16 +56,16 @@ class LevitEvolution(EvolvedModel):
             name = architecture(self)
             linear = name.replace('levit_conv_', 'levit_') if name.startswith('levit_conv_') else 'levit_*'
             raise ValueError(
-                f'{name or "A LeViT"} cannot be evolved, its projections are convolutions (use_conv=True), which need '
-                f"the whole grid. Take timm's linear LeViT, {linear}.")
+                f'{name or "A LeViT"} cannot be evolved, because its projections are convolutions (use_conv=True), '
+                f"which need the whole grid. Use timm's linear LeViT, {linear}.")
         if config.class_head and not (config.class_token and self.global_pool == 'avg'):
             raise ValueError(
-                "class_head=True is not allowed, it needs class_token=True and global_pool='avg', "
+                "class_head=True is not allowed: it needs class_token=True and global_pool='avg', "
                 f'not class_token={config.class_token} and global_pool={self.global_pool!r}.')
         dense = attribute_names(self)
         attentions = self._attentions()
-        self._depths = [len(stage.blocks) for stage in self.stages]  # of the schedule; pruning leaves fewer stages
-        self._num_patches = [attn.attention_bias_idxs.shape[1] for attn in attentions]  # that each selects from
+        self._depths = [len(stage.blocks) for stage in self.stages]  # also of stages that pruning removes
+        self._num_patches = [attn.attention_bias_idxs.shape[1] for attn in attentions]  # each selects from so many
         config = self._resolve(config)
         schedule = self._make_schedule(config)
         self.num_prefix_tokens = 1 if config.class_token else 0
@@ -82,7 +82,7 @@ class LevitEvolution(EvolvedModel):
             change_class(module, evolved_class_of)
         for attn, alpha in zip(attentions, schedule.tradeoff, strict=True):
             attn.init_evolution(alpha, config.learn_tradeoff, config.class_token)
-        self.stages.__class__ = nn.ModuleList  # no nn.Sequential, stages and blocks pass more than one tensor on
+        self.stages.__class__ = nn.ModuleList  # not `nn.Sequential`, as stages and blocks return several tensors
         for stage in self.stages:
             stage.num_prefix_tokens = self.num_prefix_tokens
             stage.blocks.__class__ = nn.ModuleList
@@ -98,14 +98,14 @@ class LevitEvolution(EvolvedModel):
         schedule = cut_schedule(schedule, len(attentions))
         if config.learn_tradeoff and hasattr(self, 'schedule') and (
                 schedule.tradeoff != [attn.tradeoff for attn in attentions]):
-            raise ValueError(f'tradeoff={config.tradeoff!r} cannot be set, it is learned.')
+            raise ValueError(f'tradeoff={config.tradeoff!r} cannot be set, because it is learned.')
         return schedule
 
     def _set_config(self, config: EvolutionConfig) -> None:
         super()._set_config(config)
-        # learned trade-offs are parameters where they are trained, once for all phases of a training
+        # learned trade-offs are parameters if they are trained in any phase of a training
         stagewise = getattr(self, '_stagewise', self.schedule)
-        has_scores = False  # to mix with: the first attention that is scored sets them, whatever its alpha
+        has_scores = False  # the first scored attention sets the scores, whatever its alpha
         for attn, is_scored in zip(self._attentions(), stagewise.scored, strict=True):
             attn.train_tradeoff(is_scored and has_scores)
             has_scores = has_scores or is_scored
@@ -116,8 +116,8 @@ class LevitEvolution(EvolvedModel):
     def _check_restorable(self) -> None:
         if self.cls_token is not None:
             raise ValueError(
-                f'{type(self).__name__} with class_token=True cannot be restored, its position embeddings stand in the '
-                "place of timm's biases.")
+                f'{type(self).__name__} with class_token=True cannot be restored, because it has position embeddings '
+                "instead of timm's attention biases.")
 
     def _restore_modules(self) -> None:
         for module in self.stages.modules():
@@ -132,19 +132,19 @@ class LevitEvolution(EvolvedModel):
 
     def _attentions(self) -> list[Any]:
         """All attentions in the order of the schedule."""
-        # dense ones before `init_evolution`; in a stage, the one that downsamples comes first
+        # they are dense before `init_evolution`; in a stage, the one that downsamples comes first
         return [module for module in self.stages.modules() if isinstance(module, (Attention, AttentionDownsample))]
 
     def _find_img_size(self) -> tuple[int, int]:
-        """Height and width of the images that the attentions expect the grid of."""
+        """Height and width of the images whose grid the attentions expect."""
         stride = self.feature_info[0]['reduction']
         attn = self.stages[1].downsample.attn_downsample if len(self.stages) > 1 else self.stages[0].blocks[0].attn
-        side = math.isqrt(self._num_patches[0])  # an older timm notes no size where nothing downsamples
+        side = math.isqrt(self._num_patches[0])  # an older timm stores no size where nothing downsamples
         height, width = getattr(attn, 'resolution', (side, side))
         return height * stride, width * stride
 
     def _apply_schedule(self, schedule: Schedule) -> None:
-        """Tell each stage and attention its part of the schedule."""
+        """Give each stage and attention its part of the schedule."""
         super()._apply_schedule(schedule)
         begin = 0
         for stage in self.stages:
@@ -159,15 +159,15 @@ class LevitEvolution(EvolvedModel):
 
     def _init_class_heads(self, class_head: bool) -> None:
         if class_head:
-            raise ValueError(f'class_head=True is not allowed, {type(self).__name__} has one head of its own.')
+            raise ValueError(f'class_head=True is not allowed for {type(self).__name__}, but only for EvoLevit.')
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay: position embeddings in whatever form, class token, learned trade-offs."""
+        """Parameters without weight decay: attention biases, position embeddings, class token, learned trade-offs."""
         names = ('attention_biases', 'pos_embed', 'cls_token', 'learn_tradeoff')
         return {name for name, _ in self.named_parameters() if name.endswith(names)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups, as timm's; class token and position embeddings at the input are of the stem."""
+        """Layer groups, as timm's; class token and position embeddings at the input belong to the stem."""
         return dict(super().group_matcher(coarse), stem=r'^stem|^cls_token|^pos_embed')
 
     def _forward_stem(self, x: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ class LevitEvolution(EvolvedModel):
         intermediates = []
         x = self._embed(x)
         if can_run(x):
-            x = x.contiguous()  # not as a feature map: then a linear layer is one product, and sums read whole rows
+            x = x.contiguous()  # it is still in the order of a feature map, which is slow for linear layers and sums
         scores: Tensor | None = None
         for i, stage in enumerate(self.stages if stop is None else self.stages[:stop]):
             x, scores = checkpoint(stage, x, scores) if self.grad_checkpointing else stage(x, scores)
@@ -228,7 +228,7 @@ class LevitEvolution(EvolvedModel):
         return x, intermediates
 
     def _grids(self, x: Tensor) -> dict[int, tuple[int, int]]:
-        """Height and width of the grid of each stage, by its first block, from the feature map of the stem."""
+        """Height and width of each stage's grid, by the index of its first block, from the feature map of the stem."""
         grids: dict[int, tuple[int, int]] = {}
         block = 0
         height, width = x.shape[2:]
@@ -271,9 +271,9 @@ class LevitEvolution(EvolvedModel):
 class EvoLevit(LevitEvolution, LevitDistilled):
     """timm's distilled LeViT with token evolution, in two schemes.
 
-    * As timm's, with attention biases and timm's weights, see `LevitEvolution`.
-    * With a class token, as the authors publish it (`class_token=True`): its attention gives the scores, and absolute
-      position embeddings, at the input and wherever the grid is halved, take the place of the biases.
+    * timm's, with attention biases and timm's weights, see `LevitEvolution`.
+    * The authors', with a class token (`class_token=True`): its attention gives the scores, and absolute position
+      embeddings, at the input and wherever the grid is downsampled, replace the attention biases.
 
     Takes the arguments of timm's `LevitDistilled` and those of `EvolutionConfig`.
     """
@@ -294,7 +294,7 @@ class EvoLevit(LevitEvolution, LevitDistilled):
         return (*heads, self.head_cls, self.head_cls_dist) if self.class_head else heads
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Reset the classifier heads, as timm's; those on the class token go with the patch-mean pooling."""
+        """Reset the classifier heads, as timm's; those on the class token are removed unless global_pool='avg'."""
         super().reset_classifier(num_classes, global_pool)
         self._init_class_heads(self.class_head and self.global_pool == 'avg')
 

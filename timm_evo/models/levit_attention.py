@@ -1,6 +1,6 @@
-""" timm's LeViT attentions, over the tokens of a selection
+""" timm's LeViT attentions, for selected tokens
 
-They evolve the scores by their matrix, and take the biases of the tokens that they are given.
+They update the scores with their attention matrix, and use the attention biases of the tokens that they get.
 """
 import math
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ __all__ = ['EvoAttention', 'EvoAttentionDownsample', 'ScoringAttention', 'gather
 
 if TYPE_CHECKING:
     class _DenseAttention(nn.Module):
-        """What the two attentions have in common, which stand behind `ScoringAttention`."""
+        """Common parts of timm's two attentions, which follow `ScoringAttention` in the bases."""
         attention_biases: Any
         attention_bias_idxs: Any
 
@@ -33,7 +33,7 @@ else:
 
 @torch.fx.wrap
 def _split_heads(x: Tensor, num_heads: int, dims: list[int]) -> list[Tensor]:
-    """Projections of all heads (B, L, H * sum of dims) to one tensor (H * B, L, d) for each of `dims`, copied once."""
+    """Split projections (B, L, H * sum(dims)) into one tensor (H * B, L, d) for each d of `dims`, with one copy."""
     batch_size, length, _ = x.shape
     if is_one_image(batch_size):
         heads = x.view(length, num_heads, sum(dims)).transpose(0, 1)
@@ -64,13 +64,13 @@ def _attend(query: Tensor, key: Tensor, scale: float, biases: Tensor | None) -> 
         return torch.baddbmm(biases, query, key, alpha=scale).softmax(dim=-1)
     query = (query * scale).view(biases.shape[0], num_shared, query.shape[1], query.shape[2])
     logits = query.matmul(key.view(biases.shape[0], num_shared, key.shape[1], key.shape[2]))
-    logits.add_(biases.unsqueeze(1))  # in place, because another matrix takes its time
+    logits.add_(biases.unsqueeze(1))  # in place, because a new matrix takes more time
     return logits.softmax(dim=-1).flatten(0, 1)
 
 
 @torch.fx.wrap
 def _gather_values(attention: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """Values (H * B, L, d) by attention (H * B, Q, L), all heads side by side (B, Q, H * d)."""
+    """Sum values (H * B, L, d) by attention (H * B, Q, L), and concatenate the heads to (B, Q, H * d)."""
     if attention.dtype != value.dtype:
         attention = attention.to(value.dtype)
     gathered = attention.bmm(value)
@@ -91,11 +91,11 @@ def _score(
         tradeoff: float,
         learned: Tensor | None,
 ) -> Tensor:
-    """Scores of the tokens present evolved by an attention matrix, see `published.global_class_attention`.
+    """Update the scores of the tokens present with an attention matrix, see `published.global_class_attention`.
 
     Args:
-        scores: Scores so far (B, P + K) of all tokens but a representative one, which has none; None if there are none.
-        attention: Attention (H * B, Q, L), of Q = L tokens, or of those that are left by downsampling.
+        scores: Scores before the update (B, P + K), without a representative token; None if there are none yet.
+        attention: Attention (H * B, Q, L) of Q = L tokens, or of those that remain after downsampling.
         num_heads: Number of heads H.
         class_token: Whether the first token is the class token.
         tradeoff: alpha.
@@ -116,13 +116,13 @@ def gather_biases(
         slow: Tensor,
         has_representative: bool,
 ) -> list[Tensor]:
-    """Attention biases of the tokens of a selection, for all blocks of its segment at once: that takes fewer calls.
+    """Attention biases of the selected tokens, for all blocks of the segment at once, which takes fewer calls.
 
     Args:
         tables: Biases by relative position, one table (H, R) per block.
         index: Entry of the tables for each query and key of the whole grid (N, N).
-        slow: Positions of the slow tokens (B, K); there are no prefix tokens where there are biases.
-        has_representative: Whether a representative token comes last. It has no position, its biases are zero.
+        slow: Positions of the slow tokens (B, K). A model with biases has no prefix tokens.
+        has_representative: Whether a representative token comes last. It has no position, so its biases are zero.
 
     Returns:
         Biases of each block (H * B, K, K), or (H * B, K + 1, K + 1) with a representative token.
@@ -137,19 +137,19 @@ def gather_biases(
 
 
 class ScoringAttention(_DenseAttention):
-    """What both attentions have beside timm's: alpha, and maybe no biases.
+    """What is added to both of timm's attentions: the trade-off alpha, and attention without biases.
 
     Attributes:
         scored: Whether a later selection reads the scores of this attention.
         tradeoff: alpha, the share of this attention in the scores, or the initial value of a learned one.
-        is_tradeoff_held: Whether alpha stays where it starts for now, though it is learned.
+        is_tradeoff_held: Whether a learned alpha keeps its initial value for now.
         class_token: Whether the first token is the class token; then there are no biases.
-        has_kernels: That kernels may take the place of the tensor steps; `scripting` hides it from TorchScript.
+        has_kernels: If this exists, kernels may replace the tensor steps; `scripting` hides it from TorchScript.
     """
     has_kernels = True
 
     def init_evolution(self, tradeoff: float, learn_tradeoff: bool, class_token: bool) -> None:
-        """Set up an attention that is dense so far.
+        """Set up evolution in a dense attention.
 
         Args:
             tradeoff: alpha.
@@ -166,14 +166,14 @@ class ScoringAttention(_DenseAttention):
             self.attention_biases = self.attention_bias_idxs = None
 
     def leave_evolution(self) -> None:
-        """Take away what `init_evolution` has set up, but the class."""
+        """Remove what `init_evolution` has added. The class is not changed."""
         del self.scored, self.is_tradeoff_held, self.tradeoff, self.class_token, self.learn_tradeoff
         self.attention_bias_cache = {}
 
     def train_tradeoff(self, trained: bool) -> None:
-        """Say whether a gradient reaches a learned trade-off, because its scores weight a representative token.
+        """Make a learned trade-off a parameter if it is trained, otherwise a buffer. The state dict is the same.
 
-        Then it is a parameter. Otherwise it is a buffer, so that the state dict is the same.
+        It is trained if its scores weight a representative token, because then it gets a gradient.
         """
         if self.learn_tradeoff is None or isinstance(self.learn_tradeoff, nn.Parameter) == trained:
             return
@@ -187,8 +187,8 @@ class ScoringAttention(_DenseAttention):
     def learned(self) -> Tensor | None:
         """Learned trade-off (1,) before its sigmoid, if any.
 
-        One that is held is where it started, with a gradient of zero: a parameter without any would stop a
-        `DistributedDataParallel`.
+        A held one has its initial value and a gradient of zero, because `DistributedDataParallel` fails for a parameter
+        without a gradient.
         """
         learned = self.learn_tradeoff
         if learned is None or not self.is_tradeoff_held:
@@ -196,13 +196,13 @@ class ScoringAttention(_DenseAttention):
         return learned * 0 + math.log(self.tradeoff / (1 - self.tradeoff))
 
     def _can_launch(self, query: Tensor, scores: Tensor | None) -> bool:
-        """Whether kernels may compute what comes of a projection, the scores so far, and the weights beside them."""
+        """Whether kernels may compute with a projection, the scores, and the weights of the attention."""
         if not can_run(query) or scores is not None and not can_run(scores):
             return False
         weights = [weight for weight in (self.attention_biases, self.learn_tradeoff) if weight is not None]
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             return False
-        return all(can_run(weight.detach()) for weight in weights)  # a parameter is no plain tensor, what it holds is
+        return all(can_run(weight.detach()) for weight in weights)  # detached, because a parameter is no plain tensor
 
     def _launch(
             self,
@@ -213,19 +213,19 @@ class ScoringAttention(_DenseAttention):
             grid_width: int = 0,
             stride: int = 1,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend by a kernel, and evolve the scores by another.
+        """Compute the attention with one kernel, and update the scores with another.
 
         Args:
-            query: Projection of the tokens that attend (B, Q, H * w), see `kernels.levit`.
+            query: Projection of the tokens with queries (B, Q, H * w), see `kernels.levit`.
             key_value: Projection of the tokens present (B, L, H * w).
-            scores: Scores so far (B, P + K) of these tokens but a representative one, if any.
-            positions: Positions of the tokens of a selection (B, K); None without one.
+            scores: Scores of these tokens without a representative one (B, P + K), if any.
+            positions: Positions of the selected tokens (B, K); None without a selection.
             grid_width: Width of the grid that is downsampled.
-            stride: Step between its rows and columns that are left; 1 where it is not downsampled.
+            stride: Step between the rows and columns that remain; 1 without downsampling.
 
         Returns:
-            Values attended to (B, Q, H * val_dim).
-            Scores (B, P + K), or of the tokens that are left (B, P + M).
+            Output of the attention (B, Q, H * val_dim).
+            Scores (B, P + K), or those of the remaining tokens (B, P + M).
         """
         num_scored = num_paying = 0
         if self.scored:
@@ -241,12 +241,12 @@ class ScoringAttention(_DenseAttention):
         return out, scores
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Set training or evaluation mode, as timm's, and compute biases anew: an averaged copy is never trained."""
+        """Set the mode, as timm's, and clear cached biases in both modes, because an averaged copy is never trained."""
         self.attention_bias_cache = {}
         return super().train(mode)
 
     def _apply(self, fn, *args, **kwargs):
-        self.attention_bias_cache = {}  # an older timm keeps it when the model moves
+        self.attention_bias_cache = {}  # an older timm keeps it when the model moves to another device
         return super()._apply(fn, *args, **kwargs)
 
     def reset_parameters(self) -> None:
@@ -261,7 +261,7 @@ class ScoringAttention(_DenseAttention):
 
 
 class EvoAttention(ScoringAttention, Attention):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """timm's LeViT `Attention`, over the tokens of a selection."""
+    """timm's LeViT `Attention`, for selected tokens."""
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
             self,
             x: Tensor,
@@ -269,16 +269,16 @@ class EvoAttention(ScoringAttention, Attention):  # pyright: ignore[reportIncomp
             biases: Tensor | None,
             positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend, and evolve the scores.
+        """Compute the attention and update the scores.
 
         Args:
-            x: Tokens present (B, L, C): the full sequence, or those of a selection.
-            scores: Scores so far (B, P + K) of these tokens but a representative one, if any.
-            biases: Biases of the tokens of a selection (H * B, L, L); None without a selection, or without biases.
-            positions: Positions of these tokens but a representative one (B, K), to stand in the place of `biases`.
+            x: Tokens present (B, L, C): the full sequence, or the selected tokens.
+            scores: Scores of these tokens without a representative one (B, P + K), if any.
+            biases: Biases of the selected tokens (H * B, L, L); None without a selection, or without biases.
+            positions: Positions of the selected tokens (B, K), to look up the biases; given instead of `biases`.
 
         Returns:
-            What the attention adds to the tokens (B, L, C).
+            Output of the attention (B, L, C).
             Scores (B, P + K).
         """
         qkv = self.qkv(x)
@@ -301,13 +301,13 @@ class EvoAttention(ScoringAttention, Attention):  # pyright: ignore[reportIncomp
 
 class EvoAttentionDownsample(  # pyright: ignore[reportIncompatibleMethodOverride]
         ScoringAttention, AttentionDownsample):
-    """timm's LeViT `AttentionDownsample`, with a class token that goes along, and scores that are downsampled, too."""
+    """timm's LeViT `AttentionDownsample`, which also takes a class token and downsamples the scores."""
     if TYPE_CHECKING:
         q: Any
         resolution: tuple[int, int]
 
     def init_evolution(self, tradeoff: float, learn_tradeoff: bool, class_token: bool) -> None:
-        """Set up an attention that is dense so far, see `ScoringAttention`."""
+        """Set up evolution in a dense attention, see `ScoringAttention`."""
         num_patches = self.attention_bias_idxs.shape[1]
         super().init_evolution(tradeoff, learn_tradeoff, class_token)
         self.pos_embed = None
@@ -317,7 +317,7 @@ class EvoAttentionDownsample(  # pyright: ignore[reportIncompatibleMethodOverrid
             trunc_normal_(self.pos_embed, std=.02)
 
     def leave_evolution(self) -> None:
-        """Take away what `init_evolution` has set up, but the class."""
+        """Remove what `init_evolution` has added. The class is not changed."""
         super().leave_evolution()
         del self.pos_embed
 
@@ -329,11 +329,11 @@ class EvoAttentionDownsample(  # pyright: ignore[reportIncompatibleMethodOverrid
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
             self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Attend with the tokens that are left to all, and evolve the scores.
+        """Compute the attention of the remaining tokens to all tokens, and update the scores.
 
         Args:
             x: Full sequence (B, P + N, C).
-            scores: Scores so far (B, P + N), if any.
+            scores: Scores (B, P + N), if any.
 
         Returns:
             Full sequence of the smaller grid (B, P + M, C).

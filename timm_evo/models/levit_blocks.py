@@ -1,6 +1,6 @@
-""" timm's LeViT modules around the attentions, over the tokens of a selection
+""" timm's LeViT blocks and stages, for selected tokens
 
-timm builds them, then they change their class. Weights and all other modules stay as they are.
+timm builds them, then their classes are changed. Weights and all other modules are unchanged.
 """
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ __all__ = ['EvoLevitStage', 'dense_class_of', 'evolved_class_of']
 
 
 class EvoLevitBlock(LevitBlock):
-    """timm's `LevitBlock` around `EvoAttention`."""
+    """timm's `LevitBlock` with `EvoAttention`."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
             self,
@@ -34,7 +34,7 @@ class EvoLevitBlock(LevitBlock):
 
 
 class EvoLevitDownsample(LevitDownsample):
-    """timm's `LevitDownsample` around `EvoAttentionDownsample`."""
+    """timm's `LevitDownsample` with `EvoAttentionDownsample`."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
             self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -44,11 +44,11 @@ class EvoLevitDownsample(LevitDownsample):
 
 
 class EvoLevitStage(LevitStage):
-    """timm's `LevitStage`, whose blocks run the slow tokens of a selection.
+    """timm's `LevitStage`, whose blocks compute the slow tokens of a selection.
 
     Attributes:
-        schedule: The part of the model's schedule that is of these blocks.
-        _record: Who is told what is selected, if anybody.
+        schedule: The part of the model's schedule for these blocks.
+        _record: Object that records what is selected, if any.
     """
     _record: Record | None = None
     if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class EvoLevitStage(LevitStage):
 
         Args:
             x: Full sequence (B, P + N, C).
-            scores: Scores so far (B, P + N), if any.
+            scores: Scores (B, P + N), if any.
 
         Returns:
             Full, ordered sequence after the stage.
@@ -74,8 +74,8 @@ class EvoLevitStage(LevitStage):
         selector = ByClassAttention(self.schedule, self.num_prefix_tokens, self.fast_update, scores)
         selector.record = self._record
         biases: list[Tensor] | None = None  # of the blocks of the segment
-        positions: Tensor | None = None  # in their place where kernels run
-        first = 0  # of these blocks
+        positions: Tensor | None = None  # instead of biases where kernels run
+        first = 0  # the first of these blocks
         for i, block in enumerate(self.blocks):
             x = selector.enter(i, x)
             if self.schedule.begins[i]:
@@ -88,14 +88,14 @@ class EvoLevitStage(LevitStage):
         return selector.whole(x), selector.whole_scores()
 
     def _gather_biases(self, begin: int, positions: Tensor) -> list[Tensor]:
-        """Attention biases of the tokens of a selection for the blocks of the segment that begins with this one."""
+        """Attention biases of the selected tokens, for the blocks of the segment that begins with this block."""
         segment = [self.blocks[i] for i in range(begin, self.schedule.end_of_segment(begin))]
         tables = [block.attn.attention_biases for block in segment]
         index = segment[0].attn.attention_bias_idxs  # the same in all of them
         return levit_attention.gather_biases(tables, index, positions, self.fast_update)
 
 
-_EVOLVED: dict[type[nn.Module], type[nn.Module]] = {  # timm's class, and the one in its place
+_EVOLVED: dict[type[nn.Module], type[nn.Module]] = {  # timm's class, and the one that replaces it
     Attention: EvoAttention,
     AttentionDownsample: EvoAttentionDownsample,
     LevitBlock: EvoLevitBlock,

@@ -1,4 +1,4 @@
-""" What tells which tokens of a model are alike """
+""" Features by which tokens of a model are compared """
 from typing import Any
 
 import timm.layers
@@ -13,7 +13,7 @@ __all__ = ['NormedLikeness']
 
 
 class _PastHooks(nn.Module):
-    """A norm without the hooks on it."""
+    """Calls a norm without its hooks."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class _PastHooks(nn.Module):
 
 
 class NormedLikeness:
-    """Tokens are alike that would leave the last norm of their model alike.
+    """Compares tokens by what the last norm of the model would make of them.
 
-    Where it has none, as a backbone of `features_only=True`, or one behind the pooling, which pruning takes away: the
-    tokens as they are.
+    If the norm is an `nn.Identity`, the tokens are compared as they are. This is so in a backbone of
+    `features_only=True`, and in a model with a norm after the pooling.
     """
 
     def __init__(self, norm: Any) -> None:
@@ -38,20 +38,20 @@ class NormedLikeness:
 
     def as_layer_norm(self) -> LayerNorm | None:
         norm = self._norm
-        # exactly these, as a class of somebody's own may compute anything
+        # no subclasses, which may compute anything
         if type(norm) not in (nn.LayerNorm, timm.layers.LayerNorm) or 'forward' in norm.__dict__ or (
                 is_sharded_weight(norm.weight)):
             return None
-        weight = None if norm.weight is None else norm.weight.detach()  # positions come of it, which have no gradient
+        weight = None if norm.weight is None else norm.weight.detach()  # for positions, which have no gradient
         bias = None if norm.bias is None else norm.bias.detach()
         return LayerNorm(weight, bias, norm.eps)
 
 
-@torch.no_grad()  # positions come of it, which have no gradient
+@torch.no_grad()  # it is for positions, which have no gradient
 def likeness_features(norm: Any, x: Tensor) -> Tensor:
-    """Tokens (B, L, C) as they would leave a norm (B, L, C)."""
+    """Output of a norm (B, L, C) for tokens (B, L, C), without its hooks."""
     if not is_sharded_weight(getattr(norm, 'weight', None)):
-        return norm.forward(x)  # not by a call, which hooks on it would take for that of the final tokens
-    # weights are whole only while it is called
+        return norm.forward(x)  # not a call, because hooks on the norm expect the final tokens
+    # sharded weights are complete only during a call
     weights = {f'norm.{name}': weight.full_tensor().to(x) for name, weight in norm.named_parameters()}
     return functional_call(_PastHooks(norm), weights, x)

@@ -1,9 +1,9 @@
 """ The patch embedding as one product
 
-A convolution whose kernel is its stride takes each pixel once: it is a product of patches and weights. On a GPU in
-half precision, PyTorch's convolution takes several times as long as that product, a sixth of the time of a DeiT-S.
+A convolution whose stride is its kernel size reads each pixel once, so it is a product of patches and weights. On a GPU
+in half precision, PyTorch's convolution takes several times as long as this product: a sixth of the time of a DeiT-S.
 
-It is taken only where nobody can tell: no module of the embedding is replaced or watched.
+The product is used only where the difference is not visible: no module of the embedding is replaced or has hooks.
 """
 from typing import Any
 
@@ -20,7 +20,7 @@ __all__ = ['can_be_product', 'embed_by_product', 'is_product_faster']
 
 
 def can_be_product(embed: Any) -> bool:
-    """Whether a patch embedding is a plain convolution without overlap, and nobody watches it."""
+    """Whether a patch embedding is a plain convolution without overlap, and has no hooks."""
     proj = getattr(embed, 'proj', None)
     return (
         type(embed) is PatchEmbed
@@ -37,7 +37,7 @@ def can_be_product(embed: Any) -> bool:
 
 
 def embed_by_product(embed: Any, images: Tensor) -> Tensor:
-    """What timm's `PatchEmbed` returns.
+    """Compute the output of timm's `PatchEmbed`.
 
     Args:
         embed: A patch embedding that `can_be_product`.
@@ -47,7 +47,7 @@ def embed_by_product(embed: Any, images: Tensor) -> Tensor:
         Patches (B, N, C), or (B, H / patch, W / patch, C) where the grid is kept.
     """
     if not _fits(embed, images):
-        return embed(images)  # which pads them, or says why not
+        return embed(images)  # pads them, or raises an error
     batch_size, channels, height, width = images.shape
     down, across = embed.patch_size
     grid = height // down, width // across
@@ -57,7 +57,7 @@ def embed_by_product(embed: Any, images: Tensor) -> Tensor:
 
 
 def is_product_faster(images: Tensor) -> bool:
-    """Whether the product is faster: on a GPU, in half precision; in float32 it would be rounded in another way."""
+    """Whether the product is faster: on a GPU, in half precision. In float32 it would also change the rounding."""
     if not isinstance(images, Tensor) or not is_wanted(images):
         return False
     device = images.device.type
@@ -66,7 +66,7 @@ def is_product_faster(images: Tensor) -> bool:
 
 
 def _fits(embed: Any, images: Tensor) -> bool:
-    """Whether images are of a size that timm takes as it is."""
+    """Whether images have a size that timm takes without padding."""
     height, width = images.shape[2:]
     if embed.img_size is not None and embed.strict_img_size:
         return (height, width) == tuple(embed.img_size)

@@ -2,7 +2,7 @@
 
 Every `evo_X` model is timm's `X` with token evolution. Its architecture and its pretrained configurations are taken
 from timm's registration of `X`, so tags, Hub repositories and input sizes are timm's own. Importing this module
-registers the models; `entrypoints` is the one to import for it.
+registers the models; import `entrypoints` for that.
 """
 import warnings
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import timm
 from torch.torch_version import TorchVersion
 
 TIMM_MIN_VERSION = '1.0.22'  # as in pyproject.toml
-if TorchVersion(timm.__version__) < TIMM_MIN_VERSION:  # before the imports that an older timm fails
+if TorchVersion(timm.__version__) < TIMM_MIN_VERSION:  # before the imports that fail with an older timm
     raise ImportError(f'timm-evo needs timm>={TIMM_MIN_VERSION}, found timm {timm.__version__}.')
 
 from timm.models import (
@@ -48,12 +48,12 @@ class _Family(NamedTuple):
     """How models of a family are built.
 
     Attributes:
-        build: From the name of timm's dense model and the arguments of the evolved one to a model without weights.
+        build: Makes the model without pretrained weights, from the name of timm's dense model and all arguments.
         filter_fn: timm's filter for checkpoints of the family.
         out_indices: Default of `features_only=True`, as in timm.
-        has_similarity: Whether tokens can be selected by similarity, for weights that know nothing of evolution.
-        default_pool: Default pooling of a family whose checkpoints have an attention pool, which timm leaves out of
-            models that pool otherwise; None where they have none.
+        has_similarity: Whether tokens can be selected by similarity, for weights trained without evolution.
+        default_pool: Default pooling of a family whose checkpoints have an attention pool, which timm drops for other
+            poolings; None for other families.
     """
     build: Callable[..., nn.Module]
     filter_fn: Callable[..., dict]
@@ -62,7 +62,7 @@ class _Family(NamedTuple):
     default_pool: str | None = None
 
 
-# What imports timm on its own is imported when a model is built, see `timm_evo.entrypoints`.
+# Modules that import timm are imported when a model is built, see `timm_evo.entrypoints`.
 def _build_vit(dense: str, **kwargs) -> nn.Module:
     from . import vision_transformer
     return _evolve(dense, vision_transformer.EvoVisionTransformer, kwargs)
@@ -74,7 +74,7 @@ def _build_eva(dense: str, **kwargs) -> nn.Module:
 
 
 def _evolve(dense: str, evolved_cls: Any, kwargs: dict[str, Any]) -> nn.Module:
-    """timm's `dense` model, which becomes one of this class by arguments of both."""
+    """Create timm's `dense` model and evolve it; the arguments are those of timm and of evolution."""
     from . import evolving
     evolved_cls.check_model_names(kwargs)
     arguments, dense_args = evolved_cls.split_arguments(kwargs)
@@ -107,8 +107,8 @@ def _create(variant: str, dense: str, family: _Family, pretrained: bool = False,
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     if pretrained and not cfg.has_weights and not cfg.state_dict:
         raise RuntimeError(
-            f'pretrained=True is not allowed for {variant}, the Hugging Face Hub has no weights of it. Checkpoints of '
-            "the authors' DeiT and LeViT are converted by timm-evo convert.")
+            f'pretrained=True is not allowed for {variant}, because the Hugging Face Hub has no weights for it. '
+            "`timm-evo convert` converts checkpoints of the authors' DeiT and LeViT.")
     out_indices = kwargs.pop('out_indices', family.out_indices)
     is_strict = kwargs.pop('pretrained_strict', True)
     if family.default_pool is not None and kwargs.get('global_pool', family.default_pool) != 'map':
@@ -129,41 +129,41 @@ def _create(variant: str, dense: str, family: _Family, pretrained: bool = False,
 
 
 def _is_from_timm(cfg: PretrainedCfg, variant: str) -> bool:
-    """Whether weights are timm's own of the dense model, and not a user's from a file, a folder or the Hub."""
-    is_elsewhere = cfg.file or cfg.state_dict or cfg.source  # the last is set by timm's hf-hub: and local-dir:
+    """Whether the weights are timm's own for the dense model, and not a user's from a file, a folder or the Hub."""
+    is_elsewhere = cfg.file or cfg.state_dict or cfg.source  # timm sets the last for hf-hub: and local-dir:
     own = get_arch_pretrained_cfgs(variant).values()
     return not is_elsewhere and (cfg.hf_hub_id, cfg.url) in [(timms.hf_hub_id, timms.url) for timms in own]
 
 
 def _warn_of_published_selection(variant: str, model: nn.Module) -> None:
-    """Say once that dense weights lose more in a published selection, as is the default of the paper's own names."""
+    """Warn that dense weights lose more with `'stage'`, the default of `evo_deit_*`, or `'layer'`."""
     from .base import find_evolved
     _, evolved = find_evolved(model)  # within features_only=True
     assert evolved is not None
     selection = evolved.evolution_config.selection
     if selection != 'similarity' and min(evolved.schedule.keep_ratio) < 1:
         warnings.warn(
-            f"{variant} has timm's dense weights, and selection={selection!r} is for weights that were trained with "
-            "it: until they are, it loses more accuracy than selection='similarity', which is for weights as they are.",
+            f"{variant} has timm's dense weights, but selection={selection!r} is for weights that were trained with "
+            "it. Without this training it loses more accuracy than selection='similarity'.",
             stacklevel=5,  # where timm.create_model is called
         )
 
 
 def is_evolved(name: str) -> bool:
-    """Whether timm's model of this name, with a tag or without, is one of those that are registered here.
+    """Whether the model of this name, with or without a tag, was registered here.
 
-    The prefix does not say so: other packages may register `evo_*`, too.
+    The prefix is not enough: other packages may register `evo_*`, too.
     """
     name = name.partition('.')[0]
     return is_model(name) and model_entrypoint(name).__module__ == __name__
 
 
 def _register(variant: str, dense: str, family: _Family, cfgs: dict[str, PretrainedCfg], **defaults) -> None:
-    """Register `variant`, timm's `dense` model with token evolution; a model that has the name already keeps it.
+    """Register `variant`, timm's `dense` model with token evolution. An existing model of this name is not replaced.
 
     Args:
         variant: Name of the evolved model.
-        dense: Name of timm's.
+        dense: Name of timm's dense model.
         family: How it is built.
         cfgs: Pretrained configurations by name and tag.
         **defaults: Arguments of the evolved model that differ from its class's own.
@@ -184,7 +184,7 @@ def _register_twin(dense: str, family: _Family) -> None:
     """Register `evo_<dense>` with the weights of timm's `dense` model."""
     variant = f'evo_{dense}'
     cfgs = get_arch_pretrained_cfgs(dense)
-    # the paper's own names are as published; the others exist for weights that were trained without token evolution
+    # the paper's models select as in the paper; the others are for weights that were trained without token evolution
     defaults = {'selection': 'stage'} if dense.startswith('deit_') else {}
     _register(variant, dense, family, {name.replace(dense, variant): cfg for name, cfg in cfgs.items()}, **defaults)
 
@@ -195,11 +195,10 @@ def _without_weights(dense: str) -> PretrainedCfg:
     return replace(cfg, url='', hf_hub_id=None)
 
 
-# What has no twin in timm's modules with vision transformers: differential attention, which takes one attention off
-# another, so that it gives no shares; and RADIO, whose position embeddings timm resizes in a way of its own, for which
-# there is `evolve`.
+# Models without an `evo_*` twin: those with differential attention, whose difference of two attentions gives no shares;
+# and RADIO, because timm resizes its position embeddings in a special way (`evolve` works for it).
 _WITHOUT = ['vit_d*wee_*', 'vit_dlittle_*', '*radio*']
-# timm's module, wildcard of names, and how these are built; the first that fits counts
+# timm's module, wildcard of names, and how these are built; the first match counts
 _VITS = [
     ('deit', '*', _DEIT),
     ('vision_transformer', 'flexivit_*', _FLEXI),
@@ -213,7 +212,7 @@ for _module, _wildcard, _family in _VITS:
     for _dense in list_models(_wildcard, module=_module, exclude_filters=_WITHOUT):
         _register_twin(_dense, _family)
 
-# The authors train DeiT-S at 384, too, which timm has no dense model of: no weights, and the input of DeiT-B at 384.
+# The authors also train DeiT-S at 384. timm has no such dense model: no weights, and the input of DeiT-B at 384.
 _register('evo_deit_small_patch16_384', 'deit_small_patch16_224', _DEIT, {
     'evo_deit_small_patch16_384': _without_weights('deit_base_patch16_384'),
 }, selection='stage')

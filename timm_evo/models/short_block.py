@@ -1,12 +1,12 @@
-""" The last block, for no more tokens than the head reads
+""" The last block, computed only for the tokens that the head reads
 
-A head on the class token reads nothing else of the last block, so every other token is looked at there, but need not be
-updated. What is left is attention with one query, and a projection and an MLP on one token. The projections of keys and
-values can be applied to the one query and to the one sum then, instead of to every token; that of keys not where they
-are rotated or normalised, as in timm's `Eva`.
+A head on the class token reads no other token after the last block. There, the other tokens are needed for keys and
+values, but they need no update: attention has one query, and projection and MLP have one token. The projections of keys
+and values can then be applied to the query and to the weighted sum, instead of to every token. This does not hold for
+keys that are rotated or normalised, as in timm's `Eva`.
 
-It is taken only where nobody can tell: no module of the block is replaced, and nothing that would see other tokens than
-with the whole block is watched, by hooks or an own method.
+The short block is used only where the difference is not visible: no module of the block is replaced, and no hook or
+overridden method would get fewer tokens than with the whole block.
 """
 from typing import Any
 
@@ -24,7 +24,7 @@ __all__ = ['can_be_short', 'forward_first']
 
 
 def can_be_short(model: Any) -> bool:
-    """Whether `forward_first` may take the place of the last block of a model, and nobody can tell."""
+    """Whether `forward_first` may replace the last block of a model without a visible difference."""
     block = model.blocks[-1]
     return (
         (_is_known_block(block) or _is_known_eva_block(block))
@@ -37,7 +37,7 @@ def can_be_short(model: Any) -> bool:
 
 
 def _is_known_block(block: Any) -> bool:
-    """Whether it is a `Block` that `forward_first` knows."""
+    """Whether it is a `Block` that `forward_first` can compute."""
     if not (type(block) is Block and type(block.attn) is Attention):
         return False
     attn = block.attn
@@ -51,7 +51,7 @@ def _is_known_block(block: Any) -> bool:
 
 
 def _is_known_eva_block(block: Any) -> bool:
-    """Whether it is an `EvaBlock` that `forward_first` knows."""
+    """Whether it is an `EvaBlock` that `forward_first` can compute."""
     if not (type(block) is EvaBlock and type(block.attn) in (EvaAttention, AttentionRope)):
         return False
     attn = block.attn
@@ -65,7 +65,7 @@ def _is_plain_projection(projection: Any) -> bool:
 
 
 def _has_own_methods(model: nn.Module) -> bool:
-    """Whether the model is not all that the class is which says how many tokens its head reads."""
+    """Whether the model overrides a method of the class whose `_num_read` tells how many tokens its head reads."""
     known_cls = next(cls for cls in type(model).__mro__ if '_num_read' in vars(cls))
     return any(
         name in vars(model) or getattr(type(model), name) is not getattr(known_cls, name)
@@ -80,14 +80,14 @@ def forward_first(
         rotation: Tensor | None = None,
         attn_mask: Tensor | None = None,
 ) -> Tensor:
-    """What timm's `Block.forward` or `EvaBlock.forward` returns for the first tokens.
+    """Output of timm's `Block.forward` or `EvaBlock.forward` for the first tokens.
 
     Args:
         block: A block.
         x: Tokens present (B, L, C).
-        num_tokens: How many are wanted; one of an `EvaBlock`.
-        rotation: Rotations of the tokens but the prefix, if any.
-        attn_mask: What attention adds to its logits (B, 1, 1, L), if anything.
+        num_tokens: Number of tokens in the output; must be 1 for an `EvaBlock`.
+        rotation: Rotations of the tokens without the prefix, if any.
+        attn_mask: Mask that attention adds to its logits (B, 1, 1, L), if any.
 
     Returns:
         The first tokens after the block (B, num_tokens, C).
@@ -116,20 +116,20 @@ def folded_attention(
         scale: float,
         attn_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention that a few tokens pay to all, without computing a single key.
+    """Attention of a few tokens to all tokens, without computing keys.
 
     The key projection can be applied to the few queries instead of to every token:
-    q . (W_k x + b_k) = (W_k^T q) . x + q . b_k, and the last term, equal for all tokens, drops out of the softmax. This
-    takes H * T * L * C multiplications instead of L * C * C.
+    q . (W_k x + b_k) = (W_k^T q) . x + q . b_k. The last term is equal for all tokens, so the softmax does not depend
+    on it. This takes H * T * L * C multiplications instead of L * C * C.
 
     Args:
-        query_tokens: Normalised tokens that look at the others (B, T, C).
+        query_tokens: Normalised tokens with queries (B, T, C).
         tokens: Normalised tokens present (B, L, C).
         qkv_weight: Stacked query, key and value projections (3 * H * d, C).
         qkv_bias: Their bias (3 * H * d,), if any.
         num_heads: Number of heads H.
         scale: Factor on the products.
-        attn_mask: What is added to them (B, 1, 1, L), if anything.
+        attn_mask: Mask that is added to the products (B, 1, 1, L), if any.
 
     Returns:
         Attention (B, H, T, L) in float32 or wider; every row sums to 1.
@@ -158,7 +158,7 @@ def folded_values(
         bias: Tensor | None,
         head_dim: int,
 ) -> Tensor:
-    """What a few tokens gather by attention, without computing a single value.
+    """Values of a few tokens after attention, without computing the values of all tokens.
 
     As in `folded_attention`, the projection is applied to the few results: sum_j a_j (W_v x_j + b_v) is
     W_v (sum_j a_j x_j) + b_v sum_j a_j, where the last sum is 1 unless attention was dropped.
@@ -166,18 +166,18 @@ def folded_values(
     Args:
         attention: Attention of few tokens to all (B, H, T, L).
         tokens: Normalised tokens present (B, L, C).
-        weight: Value projection (H * d, C); of fewer heads in grouped-query attention.
+        weight: Value projection (H * d, C); with fewer heads in grouped-query attention.
         bias: Its bias, if any.
         head_dim: Channels of a head d.
 
     Returns:
-        Values of all heads side by side (B, T, H * d), as they enter the output projection.
+        Values of all heads, concatenated (B, T, H * d), as the output projection takes them.
     """
     batch_size, num_heads, num_queries, _ = attention.shape
     gathered = attention.flatten(1, 2).to(tokens.dtype).bmm(tokens)
     gathered = gathered.view(batch_size, num_heads, num_queries, tokens.shape[2])
     weight = weight.unflatten(0, (-1, head_dim))  # (H, d, C)
-    num_shared = num_heads // weight.shape[0]  # heads that have the same values
+    num_shared = num_heads // weight.shape[0]  # heads that share values
     if num_shared > 1:
         weight = weight.repeat_interleave(num_shared, dim=0)
     values = torch.einsum('bhtc,hdc->bthd', gathered, weight)
@@ -201,7 +201,7 @@ def _eva_projections(attn: Any) -> list[tuple[Tensor, Tensor | None]]:
 
 
 def _eva_attention_of_first(attn: Any, y: Tensor, rotation: Tensor | None, attn_mask: Tensor | None) -> Tensor:
-    """What an attention of timm's `Eva` returns for the first token (B, 1, C), of normalised tokens (B, L, C)."""
+    """Output of an attention of timm's `Eva` for the first token (B, 1, C), from normalised tokens (B, L, C)."""
     (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias) = _eva_projections(attn)
     head_dim = q_weight.shape[0] // attn.num_heads
     query, key = (

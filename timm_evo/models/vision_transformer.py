@@ -11,13 +11,13 @@ from .flat import FlatModel
 
 __all__ = ['EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'VisionTransformerEvolution']
 
-# torchvision's tracer keeps the functions that timm has marked as untraceable whole, but only in the module that
-# defines the model's `forward`. `torch.fx.wrap` does so for the module it is called in, so it is called in timm's.
+# torchvision's tracer does not trace into functions that timm marks as untraceable, but only in the module that defines
+# the model's `forward`. `torch.fx.wrap` acts on the module in which it is called, so it is called in timm's module.
 exec("torch.fx.wrap('resample_abs_pos_embed')", VisionTransformer._pos_embed.__globals__)
 
 
 class VisionTransformerEvolution(FlatModel):
-    """Token evolution for a timm `VisionTransformer`, to stand before it in the bases of a class."""
+    """Token evolution for timm's `VisionTransformer`, which follows it in the bases of a class."""
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = self._embed_patches(x)
@@ -33,7 +33,7 @@ class VisionTransformerEvolution(FlatModel):
     def _forward_all_blocks(self, x: Tensor, rope: Tensor | None, grid_width: int | None) -> Tensor:
         if not has_hooks(self.blocks):
             return super()._forward_all_blocks(x, rope, grid_width)
-        blocks = copy.copy(self.blocks)  # called as the one module that they are in timm's model, for the hooks on it
+        blocks = copy.copy(self.blocks)  # called as one module, as in timm, so that its hooks run
         blocks.forward = lambda x: self._forward_blocks(x, None, grid_width)[0]
         return blocks(x)
 

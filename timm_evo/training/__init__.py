@@ -1,1 +1,1 @@
-""" What takes part in training alone """
+""" Parts that only training needs """

@@ -3,9 +3,9 @@
 `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390, section
 "Training strategies": one selection per block at first, one per stage for the rest of the training and for inference.
 
-A training script knows nothing of this, so a model counts the updates of its weights itself. PyTorch calls back after
-each step of any optimizer, which makes the count blind to gradient accumulation and to steps that a gradient scaler
-skips, and keeps it out of compiled graphs: what they see is a schedule that changes once.
+Training scripts need no changes: a model counts the updates of its weights itself, by a hook that PyTorch calls after
+each step of any optimizer. So gradient accumulation, and steps that a gradient scaler skips, are not counted. Compiled
+graphs have no counter: for them the schedule changes once.
 """
 import functools
 import itertools
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     class _Module(nn.Module):
-        """The evolved class, which stands behind `LayerToStage` in the bases of a model."""
+        """The evolved class, which follows `LayerToStage` in the bases of a model."""
         evolution_config: Any
-        schedule: Schedule  # the one in force
+        schedule: Schedule  # the current one
         num_updates: Any  # Tensor | None, a buffer
 
         def _apply_schedule(self, schedule: Schedule) -> None: ...
@@ -43,7 +43,7 @@ class _Count:
     """The number of updates of a model. Shallow copies of the model share it, as they share its weights and buffers.
 
     Attributes:
-        value: The number. To read it from the buffer is to wait for its device.
+        value: The number. Reading the buffer instead would wait for its device.
         buffer_state: `_state_of` the buffer when it had this value.
         changed: Weights (`id`) that the last update has changed so far.
         lock: Held while any of these changes.
@@ -53,21 +53,21 @@ class _Count:
         self.value = value
         self.buffer_state: tuple[int, int] | None = None
         self.changed: set[int] = set()
-        self.lock = threading.RLock()  # a handler of signals may evaluate the model meanwhile
+        self.lock = threading.RLock()  # a signal handler may evaluate the model while its thread has the lock
 
     def __reduce__(self) -> tuple:
-        return _Count, (self.value,)  # a deep copy, or one from a file, has weights of its own
+        return _Count, (self.value,)  # a deep copy, or a copy from a file, has its own weights
 
 
 class _StepTimes(threading.local):
-    """When a thread last stepped what, which tells whether one step was made within another.
+    """Times of the last steps in a thread, which tell whether one step was made within another.
 
-    Nothing has to be undone after a step that fails: the next one of the optimizer begins later.
+    A step that fails needs no cleanup, because the next step of its optimizer has a later time.
 
     Attributes:
-        clock: Goes on with every step.
+        clock: A number that increases with every step.
         began: When each optimizer began its last step.
-        counted: When the last step of the weights of each count ended.
+        counted: When each count was last increased.
     """
 
     def __init__(self) -> None:
@@ -82,15 +82,15 @@ _hooks_lock = threading.Lock()
 
 
 def _counting_models() -> list[tuple['LayerToStage', _Count]]:
-    """A snapshot, because other threads create and drop models at any time."""
+    """The models that count, as a snapshot, because other threads may create and delete models at any time."""
     models = [model for reference in _counts.keyrefs() if (model := reference()) is not None]
     return [(model, count) for model in models if (count := _counts.get(model)) is not None]
 
 
 @functools.cache
 def _watch_optimizers() -> None:
-    """Be called back by every optimizer from now on; where no model counts, no optimizer is looked at."""
-    # `torch.compiler.disable` does not say that it keeps the signature
+    """Register hooks on all optimizers, once, when the first model counts."""
+    # the annotations of `torch.compiler.disable` do not keep the signature
     register_optimizer_step_pre_hook(_begin_step)  # pyright: ignore[reportArgumentType]
     register_optimizer_step_post_hook(_end_step)  # pyright: ignore[reportArgumentType]
 
@@ -102,11 +102,11 @@ def _begin_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 @torch.compiler.disable
 def _end_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    began = _times.began.get(optimizer, 0)  # unknown where the first model that counts was made within this step
+    began = _times.began.get(optimizer, 0)  # unknown if the hooks were registered during this step
     stepped = {id(weight) for group in optimizer.param_groups for weight in group['params']}
-    for count, model in {count: model for model, count in _counting_models()}.items():  # one of those that share it
+    for count, model in {count: model for model, count in _counting_models()}.items():  # one model for each count
         own = stepped & _weights(model)
-        # an optimizer may wrap others: what has been counted within this step is the same update
+        # an optimizer may wrap others: a step that was counted within this one is the same update
         is_counted = _times.counted.get(count, 0) > began
         if own and not is_counted and not _is_skipped(optimizer):
             _times.counted[count] = next(_times.clock)
@@ -119,38 +119,38 @@ def _weights(module: nn.Module) -> set[int]:
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:
-    """Whether a step changes nothing because of infinite gradients; a scaler leaves that to a fused optimizer."""
+    """Whether a fused optimizer has skipped a step because a scaler has found infinite gradients."""
     found_inf = getattr(optimizer, 'found_inf', None)
     return found_inf is not None and bool(found_inf.item())
 
 
 def _state_of(tensor: Tensor) -> tuple[int, int] | None:
-    """What changes when the tensor is written to or replaced; None for one of inference mode, which does not tell."""
+    """A value that changes when the tensor is written to or replaced; None for a tensor of inference mode."""
     return None if tensor.is_inference() else (id(tensor), num_writes(tensor))
 
 
 def _is_exporting() -> bool:
-    # an older torch tells only whether something is compiled, in whatever thread
+    # an older torch only tells whether any thread is compiling
     return getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)()
 
 
 def _count_tensor(value: int, device: torch.device | None = None) -> Tensor:
-    with torch.inference_mode(False):  # what is made in inference mode cannot be written to in training
+    with torch.inference_mode(False):  # training could not write to a tensor of inference mode
         return torch.tensor(value, device=device)
 
 
 class LayerToStage(_Module):
     """Layer-wise selection until a number of optimizer updates have been made, stage-wise from then on.
 
-    To stand before an evolved class, see `layerwise_class`. The count is a buffer, `num_updates`, so that checkpoints,
-    averaged copies and ranks have it. It is there only with such a schedule; a state dict with and one without it both
-    load strictly.
+    `layerwise_class` puts it before an evolved class in the bases. The count is a buffer, `num_updates`, so that
+    checkpoints, averaged copies and all ranks have it. Models without layer-wise updates do not have the buffer. State
+    dicts with and without it both load strictly.
 
     Attributes:
-        num_updates: The count; None where no updates are layer-wise any more.
+        num_updates: The count; None if no updates are layer-wise.
     """
     def _start_schedule(self, schedule: Schedule) -> None:
-        """Take a stage-wise schedule, and a layer-wise one for as many updates; a count that is there goes on."""
+        """Use a stage-wise schedule, but a layer-wise one for the first updates. An existing count continues."""
         updates = self.evolution_config.layerwise_updates
         self._stagewise = schedule
         self._layerwise = make_layerwise(schedule) if updates else schedule
@@ -174,23 +174,23 @@ class LayerToStage(_Module):
         self._count = _counts[self] = next(shared, self._count)
 
     def _stop_counting(self) -> None:
-        """Count no more; those that share the buffer don't either, it goes with this model."""
+        """Stop counting, also in shallow copies, because they lose the buffer, too."""
         for model in self._sharing_models():
             _counts.pop(model, None)
 
     def _sharing_models(self) -> set['LayerToStage']:
-        """This model, and its shallow copies that count: they have the same buffers, also after `.to`."""
+        """This model and its shallow copies that count. They share the buffers, also after `.to`."""
         return {self, *(model for model, _ in _counting_models() if share_buffers(model, self))}
 
     def _choose_schedule(self) -> None:
-        """Apply the schedule that goes with the count, if it is another."""
+        """Apply the schedule for the current count, if it is not applied yet."""
         is_layerwise = self.num_updates is not None and self._count.value < self.evolution_config.layerwise_updates
         schedule = self._layerwise if is_layerwise else self._stagewise
         if schedule is not self.schedule:
             self._apply_schedule(schedule)
 
     def _set_count(self, value: int) -> None:
-        """Note the count as the buffer has it; all that share it take the schedule that goes with it."""
+        """Store the value of the buffer, and choose the schedule of all models that share it."""
         self._count.value = value
         self._count.buffer_state = _state_of(self.num_updates)
         for model in self._sharing_models():
@@ -198,9 +198,10 @@ class LayerToStage(_Module):
 
     @torch.no_grad()
     def _count_step(self, weights: set[int]) -> None:
-        """Count a step of some weights, unless it is a part of the last update.
+        """Count a step that has changed some weights, unless it is a part of the last update.
 
-        Several optimizers, each for its weights, make one update together; weights change again in the next one.
+        Several optimizers with different weights make one update together. If a weight changes again, this is the next
+        update.
         """
         count = self._count
         with count.lock:
@@ -216,19 +217,19 @@ class LayerToStage(_Module):
                 self._set_count(int(self.num_updates))
 
     def _follow_count(self) -> None:
-        """Take the schedule that goes with the buffer, if something has written to it, as averaging of weights does.
+        """Read the count again, if something else has written to the buffer, as weight averaging does.
 
-        For inference that is not compiled; what is compiled looks at the buffer when its mode is set.
+        This is for inference without compilation. A compiled model reads the buffer in `train` and `eval`.
         """
         if self.num_updates is None or torch.compiler.is_dynamo_compiling() or _is_exporting():
             return
-        if self.training:  # what writes to it besides the count itself is a broadcast between ranks, of the same
+        if self.training:  # in training only broadcasts between ranks write to it, and the value is the same
             return
         if self._count.buffer_state is None or self._count.buffer_state != _state_of(self.num_updates):
             self._read_count()
 
     def train(self, mode: bool = True) -> 'Self':
-        """Set training or evaluation mode, as `nn.Module.train`; a compiled model follows a written count here."""
+        """Set training or evaluation mode, as `nn.Module.train`; a compiled model reads a changed count here."""
         super().train(mode)
         self._read_count()
         return self
@@ -240,7 +241,7 @@ class LayerToStage(_Module):
         self._read_count()
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)  # a copy, or from a file
+        super().__setstate__(state)  # of a copy, or of a model from a file
         if self.num_updates is not None:
             self._start_counting()
 
@@ -251,8 +252,8 @@ class LayerToStage(_Module):
 
 @functools.cache
 def layerwise_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class of a model that counts updates, from its evolved class without that, under the same name."""
-    def reduce(self, protocol):  # a copy or a file can't find the class by its name
+    """The class with layer-to-stage training for an evolved class, under the same name."""
+    def reduce(self, protocol):  # copying and pickling cannot find the class by its name
         function, args, *rest = cls.__reduce_ex__(self, protocol)
         return (_new, (function, tuple(cls if arg is type(self) else arg for arg in args)), *rest)
 
