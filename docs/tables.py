@@ -27,7 +27,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
 
 
-# Results: a file of benchmarks/results has tables, and its last line says where and how they were measured
+# Results: a file of benchmarks/results has tables, and a line that says where and how they were measured
 
 
 def read_result(name: str) -> tuple[list[Row], str]:
@@ -40,7 +40,7 @@ def read_result(name: str) -> tuple[list[Row], str]:
         [cell.strip() for cell in line.strip('|').split('|')]
         for line in re.search(r'(?:^\|.*\n)+', text, re.MULTILINE)[0].splitlines()]
     rows = [dict(zip(['', *header[1:]], row, strict=True)) for row in rows]
-    machine = [line for line in text.splitlines() if line and line[0] not in '|*'][-1].rstrip('.')
+    machine = re.findall(r'^(?![|*]).*, torch [\d.]+.*', text, re.MULTILINE)[-1].rstrip('.')
     return rows, re.sub(r'\+cu\d+', '', machine)
 
 
