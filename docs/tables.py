@@ -48,6 +48,21 @@ def caption(name: str, machine: str) -> str:
     return f'\n({machine}. [All figures](../benchmarks/results/{name}.md).)\n' if machine else '\n(TODO.)\n'
 
 
+def command(name: str) -> str:
+    """The command that a result was made with."""
+    file = RESULTS / f'{name}.json'
+    if not file.is_file():
+        return ''
+    line = json.loads(file.read_text(encoding='utf-8'))['command']
+    line = re.sub(r'(?<=--results )\S+', f'benchmarks/results/{name}', line)
+    lines = ['']
+    for option in re.split(r' (?=--)', line):
+        if len(lines[-1]) + len(option) > 112:
+            lines.append('   ')
+        lines[-1] = f'{lines[-1]} {option}'
+    return '\n```\n' + ' \\\n'.join(lines).lstrip() + '\n```\n'
+
+
 def method(label: str) -> str:
     """What a row is called: `published` is `'stage'`, and a bare number behind ToMe is its r."""
     return re.sub(r'^ToMe, (?=\d)', 'ToMe, r = ', label).replace('published', 'stage')
@@ -67,6 +82,7 @@ def close_to(rows: list[Row], other: str, ours: list[Row]) -> list[Row]:
 
 
 SPEED = ('throughput', 'ratio to dense')
+CHANGED = ('decisions changed', 'other classes than dense')
 
 
 def short_frozen(name: str, header: dict[str, tuple[str, ...]], labels: list[str]) -> str:
@@ -83,18 +99,18 @@ def short_frozen(name: str, header: dict[str, tuple[str, ...]], labels: list[str
 
 
 def frozen_classifier() -> str:
-    name, header = 'frozen_deit_tiny_cpu', {name: (name,) for name in ('top-1', 'top-5', 'loss', 'decisions changed')}
-    shown = short_frozen(name, header | {'throughput to dense': SPEED, 'GMACs': ('GMACs',)}, [
-        'dense', 'similarity, 0.7', 'similarity, 0.5', 'stage, 0.7', 'layer, 0.7'])
+    name, header = 'frozen_deit_tiny_cpu', {name: (name,) for name in ('top-1', 'top-5', 'loss')}
+    shown = short_frozen(
+        name, header | {'decisions changed': CHANGED, 'throughput to dense': SPEED, 'GMACs': ('GMACs',)},
+        ['dense', 'similarity, 0.7', 'similarity, 0.5', 'stage, 0.7', 'layer, 0.7'])
     rows = {row['']: row for row in read_result(name)[0]}
 
     def cost(keep_ratio: float) -> str:
-        row = rows.get(f'similarity, {keep_ratio}')
-        if row is None:
-            return f'{keep_ratio} costs TODO points of top-1 and changes TODO% of the decisions'
-        lost = float(rows['dense']['top-1']) - float(row['top-1'])
-        changed = float(row['decisions changed'].rstrip('% '))
-        return f'{keep_ratio} costs {lost:.1f} points of top-1 and changes {changed:.1f}% of the decisions'
+        lost, changed = 'TODO', 'TODO'
+        if (row := rows.get(f'similarity, {keep_ratio}')) is not None:
+            top1, changed = cells(row, [('top-1',), CHANGED])
+            lost = f'{float(rows["dense"]["top-1"]) - float(top1):.1f}'
+        return f'{keep_ratio} costs {lost} points of top-1 and changes {changed.rstrip("% ")}% of the decisions'
 
     return f'{shown}\nBy similarity, a keep ratio of {cost(0.7)}, and {cost(0.5)}.\n'
 
@@ -117,16 +133,17 @@ SELECTIONS = {
     'similarity : dense': "`'similarity'` to dense"}
 
 
-def as_measured(name: str, columns: dict[str, str], keep: tuple[str, ...] = ('',)) -> str:
+def as_measured(name: str, columns: dict[str, str] | None = None, keep: tuple[str, ...] = ('',)) -> str:
     """Columns of a result file by the names that they get here; similarity first, the largest keep ratio first.
 
     Args:
         name: The result.
-        columns: From its names to those on the page.
+        columns: From its names to those on the page; None for all as they are.
         keep: What the first cells of the rows end with.
     """
     rows, machine = read_result(name)
     rows = [row for row in rows if row[''].endswith(keep)]
+    columns = columns or {column: column for row in rows[:1] for column in row if column}
     order = {'dense': 0, 'similarity': 1, 'published': 2, 'stage': 2, 'layer': 3}
 
     def place(row: Row) -> tuple[int, float]:
@@ -136,7 +153,7 @@ def as_measured(name: str, columns: dict[str, str], keep: tuple[str, ...] = ('',
 
     rows.sort(key=place)
     shown = [[method(row['']), *(row[column] for column in columns)] for row in rows]
-    return table(['', *columns.values()], shown) + caption(name, machine)
+    return table(['', *columns.values()], shown) + caption(name, machine) + command(name)
 
 
 def speed(settings: dict[str, str], name: str = 'speed_cpu') -> str:
@@ -297,6 +314,7 @@ SLOW = {'models': models}
 TABLES: dict[str, Callable[[], str]] = {
     'arguments': arguments,
     'frozen-classifier': frozen_classifier,
+    'frozen-classifier-all': lambda: as_measured('frozen_deit_tiny_cpu'),
     'frozen-features-short': frozen_features_short,
     'frozen-features': lambda: frozen_features('frozen_features_cpu'),
     'frozen-features-448': lambda: frozen_features('frozen_features_448_cpu'),
