@@ -12,6 +12,7 @@ from pathlib import Path
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 PLACE = 'project'  # of these files on the site
@@ -48,7 +49,9 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
                 config, place, abs_src_path=str(source), inclusion=InclusionLevel.NOT_IN_NAV))
 
 
-def on_page_markdown(markdown: str, **kwargs) -> str:
+def on_page_markdown(markdown: str, page: Page, **kwargs) -> str:
+    if page.file.src_uri.startswith(f'{PLACE}/'):  # a file of the root that leads to pages
+        return markdown.replace('](docs/', '](../')
     return re.sub(r'\]\(\.\./([^)#\s]+)', lambda link: f']({PLACE}/{page_name(link[1])}', markdown)
 
 
