@@ -1,14 +1,22 @@
 """The README and the pages of docs: their snippets run and print what they say, and their links lead somewhere."""
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import pytest
+import timm
 
 from timm_evo import cli
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / 'docs'))
+import tables  # noqa: E402
+
+SITE = 'https://timm-evo.github.io/timm-evo/'
+REPOSITORY = re.compile(r'https://(?:github\.com/timm-evo/timm-evo/blob|raw\.githubusercontent\.com/timm-evo/timm-evo)'
+                        r'/main/')
 PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
 EACH_PAGE = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 BLOCK = re.compile(r'^( *)```(\w*)\n(.*?)^\1```$', re.MULTILINE | re.DOTALL)
@@ -88,19 +96,25 @@ def test_commands_print_what_the_page_says(page, capsys):
         assert capsys.readouterr().out == expected, f'{page.name}, line {block.line}'
 
 
+def linked_file(page: Path, path: str) -> Path | None:
+    """What a link leads to in the repository: PyPI shows the README, so there links are whole addresses."""
+    if path.startswith(SITE):
+        return ROOT / 'docs' / path.removeprefix(SITE).replace('.html', '.md')
+    if found := REPOSITORY.match(path):
+        return ROOT / path[found.end():]
+    if re.match(r'\w+:', path):
+        return None
+    return (page.parent / path).resolve() if path else page
+
+
 @EACH_PAGE
 def test_links_to_files_and_headings_lead_somewhere(page):
     for target in re.findall(r'\]\(([^)\s]+)\)', without_blocks(page)):
-        if re.match(r'\w+:', target):
-            continue
         path, _, anchor = target.partition('#')
-        file = (page.parent / path).resolve() if path else page
+        if (file := linked_file(page, path)) is None:
+            continue
         assert file.is_file(), f'{page.name}: {target}'
         assert not anchor or anchor in heading_anchors(file), f'{page.name}: {target}'
-
-
-def test_the_readme_is_short():
-    assert len((ROOT / 'README.md').read_text(encoding='utf-8').splitlines()) <= 150
 
 
 def test_every_result_is_on_a_page():
@@ -111,23 +125,45 @@ def test_every_result_is_on_a_page():
         assert {file.name, *beside} & shown, file.name
 
 
+@EACH_PAGE
+def test_tables_say_what_results_and_arguments_say(page):
+    """`python docs/tables.py` writes them."""
+    assert tables.fill(page, tables.TABLES) == page.read_text(encoding='utf-8')
+
+
+def test_every_model_is_of_a_family_in_the_table():
+    page = (ROOT / 'docs/models.md').read_text(encoding='utf-8')
+    families = {name: tables.family_of(name) for name in timm.list_models('evo_*')}
+    assert all(families.values()), [name for name, family in families.items() if family is None]
+    for family in tables.FAMILIES:
+        assert family in families.values() and all(families[name] is family for name in family.examples), family
+        assert all(f'| `{name}` |' in page for name in family.examples), family
+
+
+@pytest.mark.parametrize('name', ['evo_deit_tiny_patch16_224', 'evo_vit_tiny_patch16_224', 'evo_levit_128s'])
+def test_the_table_of_models_has_their_tokens_and_cost(name):
+    """`python docs/tables.py --models` writes it."""
+    page = (ROOT / 'docs/models.md').read_text(encoding='utf-8')
+    assert '| ' + ' | '.join(tables.model_row(name)) + ' |' in page
+
+
 def read_tables(file: Path) -> list[dict[str, list[str]]]:
     """Tables, each as the cells behind the first one of every row, in plain text."""
-    tables = re.findall(r'(?:^\|.*\n)+', without_blocks(file), re.MULTILINE)
-    rows = [[line.strip('|').split('|') for line in table.splitlines()] for table in tables]
+    found = re.findall(r'(?:^\|.*\n)+', without_blocks(file), re.MULTILINE)
+    rows = [[line.strip('|').split('|') for line in table.splitlines()] for table in found]
     rows = [[[cell.strip(' *') for cell in row] for row in table] for table in rows]
-    return [{name.replace(' r = ', ' '): cells for name, *cells in table} for table in rows]
+    return [{tables.method(name): cells for name, *cells in table} for table in rows]
 
 
-def test_what_is_left_of_frozen_weights_is_what_was_measured():
+def test_what_is_kept_of_frozen_weights_is_what_was_measured():
     measured = [table for file in ROOT.glob('benchmarks/results/frozen_*.md') for table in read_tables(file)]
     num_rows = 0
     for page in PAGES:
         for table in read_tables(page):
-            if 'class token' not in table.get('', []):
+            if not {'class token', 'top-1'} & set(table.get('', [])):
                 continue
             for name in table.keys() - {'', '---'}:
-                shown = {cell for cell in table[name] if cell not in ('-', 'none')}
+                shown = {cell for cell in table[name] if cell not in ('-', 'none', 'TODO')}
                 assert any(shown <= set(other.get(name, [])) for other in measured), f'{page.name}: {name}'
                 num_rows += 1
     assert num_rows > 30
