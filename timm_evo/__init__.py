@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
     from .models.levit import EvoLevit
     from .models.vision_transformer import EvoVisionTransformer, EvoVisionTransformerDistilled
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 __all__ = [
     'EvoEva', 'EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'EvolutionConfig', 'Selection',
     'WholeGrid',
