@@ -99,10 +99,6 @@ def test_links_to_files_and_headings_lead_somewhere(page):
         assert not anchor or anchor in heading_anchors(file), f'{page.name}: {target}'
 
 
-def test_the_readme_is_short():
-    assert len((ROOT / 'README.md').read_text(encoding='utf-8').splitlines()) <= 150
-
-
 def test_every_result_is_on_a_page():
     text = ''.join(page.read_text(encoding='utf-8') for page in PAGES)
     shown = set(re.findall(r'benchmarks/results/([^)\s]+)', text))
