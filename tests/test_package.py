@@ -51,6 +51,17 @@ def test_an_editor_completes_the_names():
     jedi = pytest.importorskip('jedi')
     names = [completion.name for completion in jedi.Script('import timm_evo\ntimm_evo.').complete()]
     assert set(timm_evo.__all__) <= set(names)
+    # beside them it finds every file of the package, and what PyTorch's entry point calls
+    files = {path.stem for path in (ROOT / 'timm_evo').iterdir()}
+    others = {name for name in names if not name.startswith('_')} - set(timm_evo.__all__) - files
+    assert others <= {'TYPE_CHECKING', 'autoload'}
+
+
+def test_a_notebook_and_a_prompt_complete_the_public_names_alone():
+    assert sorted(dir(timm_evo)) == sorted([*timm_evo.__all__, '__version__'])
+    jedi = pytest.importorskip('jedi')
+    names = [completion.name for completion in jedi.Interpreter('timm_evo.', [{'timm_evo': timm_evo}]).complete()]
+    assert sorted(name for name in names if not name.startswith('_')) == sorted(timm_evo.__all__)
 
 
 def test_the_representation_of_a_model_shows_its_settings():

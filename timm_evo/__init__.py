@@ -5,8 +5,8 @@ registers the `evo_*` models then. PyTorch imports it at the end of `import torc
 so the models are there wherever timm is. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` turns that off; `import timm_evo` still
 registers them.
 """
-import importlib
-import warnings
+import importlib as _importlib  # with an underscore, so that completion leaves it out
+import warnings as _warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
@@ -49,7 +49,7 @@ def autoload() -> None:
 
 
 def _warn(error: Exception) -> None:
-    warnings.warn(
+    _warnings.warn(
         f'timm-evo {__version__} could not register its models, timm works without them. '
         f'{type(error).__name__}: {error}',
         RuntimeWarning,
@@ -78,7 +78,7 @@ def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
-    module = importlib.import_module(f'{__name__}.{_MODULES.get(name, name)}')
+    module = _importlib.import_module(f'{__name__}.{_MODULES.get(name, name)}')
     return getattr(module, name) if name in _MODULES else module
 
 

@@ -115,7 +115,9 @@ def _parse_args(args: list[str] | None) -> argparse.Namespace:
     )
     visualize.set_defaults(command=_visualize)
     visualize.add_argument('image', type=Path, metavar='IMAGE', help='photo')
-    visualize.add_argument('--model', required=True, metavar='NAME', help='evo_* model, or hf-hub:user/name')
+    visualize.add_argument(
+        '--model', required=True, metavar='NAME',
+        help='model of timm, such as evo_vit_small_patch16_224, or hf-hub:user/name')
     visualize.add_argument(
         '--checkpoint', type=Path, metavar='FILE', help='weights (default: the pretrained ones of the Hub)')
     _add_model_kwargs(visualize, 'arguments of the model, such as keep_ratio=0.7 or selection=stage')
