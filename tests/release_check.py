@@ -3,7 +3,7 @@
     python tests/release_check.py --python python3.10 --torch 2.5.1
 
 `make release-check` calls it. pip takes what the wheel needs from where it is set up to take it (`PIP_INDEX_URL`,
-`PIP_FIND_LINKS`); with `--packages` nothing is downloaded, and the environment sees the packages of a folder.
+`PIP_FIND_LINKS`). With `--packages`, the environment sees the packages of a folder, and pip installs what is missing.
 """
 import argparse
 import json
@@ -79,8 +79,7 @@ def check(wheel: Path, folder: Path, args: argparse.Namespace) -> None:
         link_packages(args.packages, Path(run(
             python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))', environment=environment).strip()))
     pins = [f'{name}=={pin}' for name, pin in (('torch', args.torch), ('timm', args.timm)) if pin != 'newest']
-    offline = [] if args.packages is None else ['--no-index']
-    run(python, '-m', 'pip', 'install', '--quiet', *offline, wheel, *pins, environment=environment)
+    run(python, '-m', 'pip', 'install', '--quiet', wheel, *pins, environment=environment)
     if args.packages is None:  # a folder may have more in it than goes together
         run(python, '-m', 'pip', 'check', environment=environment)
 
@@ -118,7 +117,7 @@ def main() -> None:
     parser.add_argument('--torch', default='newest', help='release to install, such as 2.5.1 (default: newest)')
     parser.add_argument('--timm', default='newest', help='likewise')
     parser.add_argument(
-        '--packages', type=Path, metavar='DIR', help='site-packages to see instead of installing what the wheel needs')
+        '--packages', type=Path, metavar='DIR', help='site-packages to see instead of installing them')
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
         wheel = build(Path(folder) / 'dist')
