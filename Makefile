@@ -11,7 +11,7 @@ BY_FILE := --dist loadfile --no-loadscope-reorder --durations 15
 # the oldest timm of the range, which pyproject.toml says
 OLDEST_TIMM := $(shell sed -n 's/^ *"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST_TESTS := faithful method similarity eva taps short_block levit every_vit timm_api errors hub convert
-# what `make tests-torch` runs the tests with: a release such as 2.8.0, or the newest that goes with the other
+# what `make tests-torch` and `make release-check` run with: a release such as 2.8.0, or the newest that goes with the other
 TORCH ?= newest
 TIMM ?= newest
 TORCH_VENV := $(VENV)/torch-$(TORCH)-timm-$(TIMM)
@@ -23,7 +23,7 @@ FEW_MODELS := evo_test_vit evo_test_vit2 evo_test_vit3 evo_vit_xsmall_patch16_cl
 	evo_eva02_tiny_patch14_224 evo_deit3_small_patch16_224 evo_deit_tiny_patch16_224 \
 	evo_deit_tiny_distilled_patch16_224 evo_levit_128s evo_levit_cls_128s
 
-.PHONY: demo docs test lint tests tests-slow tests-oldest-timm tests-torch timm-suite few-of-timm-suite clean
+.PHONY: demo docs test lint tests tests-slow tests-oldest-timm tests-torch release-check timm-suite few-of-timm-suite clean
 
 demo: $(VENV)/ready-for-demo
 	$(BIN)/python examples/digits.py
@@ -40,6 +40,10 @@ lint: $(VENV)/ready
 
 tests: $(VENV)/ready
 	$(PYTEST) $(BY_FILE) tests
+
+# A dry run of a release, in an environment of its own: built, checked, installed, used as the README says, uninstalled.
+release-check: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/release_check.py --python $(PYTHON) --torch $(TORCH) --timm $(TIMM)
 
 # What `make tests` leaves out: blocks that are compiled while their weights are sharded, above all.
 tests-slow: $(VENV)/ready

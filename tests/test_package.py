@@ -1,14 +1,25 @@
-"""What an editor, a type checker and a first look see of the package."""
+"""What an editor, a type checker, a package index and a first look see of the package."""
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 from this_torch import library
 from torch import nn
 
 import timm_evo
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+URLS = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['urls']
 
 
 def test_public_names_are_listed_and_there():
@@ -40,6 +51,17 @@ def test_an_editor_completes_the_names():
     jedi = pytest.importorskip('jedi')
     names = [completion.name for completion in jedi.Script('import timm_evo\ntimm_evo.').complete()]
     assert set(timm_evo.__all__) <= set(names)
+    # beside them it finds every file of the package, and what PyTorch's entry point calls
+    files = {path.stem for path in (ROOT / 'timm_evo').iterdir()}
+    others = {name for name in names if not name.startswith('_')} - set(timm_evo.__all__) - files
+    assert others <= {'TYPE_CHECKING', 'autoload'}
+
+
+def test_a_notebook_and_a_prompt_complete_the_public_names_alone():
+    assert sorted(dir(timm_evo)) == sorted([*timm_evo.__all__, '__version__'])
+    jedi = pytest.importorskip('jedi')
+    names = [completion.name for completion in jedi.Interpreter('timm_evo.', [{'timm_evo': timm_evo}]).complete()]
+    assert sorted(name for name in names if not name.startswith('_')) == sorted(timm_evo.__all__)
 
 
 def test_the_representation_of_a_model_shows_its_settings():
@@ -48,6 +70,61 @@ def test_the_representation_of_a_model_shows_its_settings():
     model.set_evolution(keep_ratio=0.4, selection='stage', tradeoff=0.3)
     assert "keep_ratio=0.4, selection='stage', tradeoff=0.3" in repr(model)
     assert 'keep_ratio' not in repr(timm_evo.restore(model))
+
+
+# The README, which a package index shows without the files beside it
+
+
+def readme_without_code() -> str:
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    return re.sub(r'^```.*?^```$|`[^`\n]+`', '', text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_links_and_pictures_of_the_readme_are_whole_addresses():
+    text = readme_without_code()
+    targets = re.findall(r'\]\(([^)\s]+)', text) + re.findall(r'(?:src|srcset|href)="([^"]*)"', text)
+    assert targets
+    assert not [target for target in targets if not target.startswith('https://')]
+
+
+def test_a_package_index_shows_all_of_the_readme():
+    markdown = pytest.importorskip('readme_renderer.markdown')
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    html = markdown.render(text)
+    if html is None:
+        pytest.skip('readme_renderer was installed without its renderer of markdown')
+    prose = readme_without_code()
+    assert html.count('<img ') == len(re.findall(r'!\[|<img ', prose)) > 0
+    assert html.count('<h2') == len(re.findall('^## ', prose, flags=re.MULTILINE)) > 0
+    assert html.count('<table') == len(re.findall(r'^\|[ :|-]+\|$', prose, flags=re.MULTILINE))
+    assert html.count('<pre') == len(re.findall('^```.*?^```$', text, flags=re.MULTILINE | re.DOTALL)) > 0
+    assert set(re.findall(r'(?:href|src)="([^"]*)"', html)) >= set(re.findall(r'\]\((https://[^)\s]+)', prose))
+    assert '<!--' not in html and '&lt;' not in re.sub('<pre.*?</pre>|<code.*?</code>', '', html, flags=re.DOTALL)
+
+
+def test_what_repeats_the_addresses_of_pyproject_agrees():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert (citation['url'], citation['repository-code']) == (URLS['Documentation'], URLS['Repository'])
+    settings = (ROOT / 'mkdocs.yml').read_text()  # which has tags that YAML alone does not know
+    for name, url in (('site_url', 'Documentation'), ('repo_url', 'Repository')):
+        assert f'\n{name}: {URLS[url]}\n' in settings
+    repository = URLS['Repository'].removeprefix('https://github.com/')
+    owner, name = repository.split('/')
+    for file in ('README.md', 'CHANGELOG.md', 'CONTRIBUTING.md'):
+        text = (ROOT / file).read_text(encoding='utf-8')
+        for found in re.findall(rf'https://(?:raw\.githubusercontent|github)\.com/([\w-]+/{name})\b', text):
+            assert found == repository
+        assert set(re.findall(rf'https://[\w-]+\.github\.io/{name}/', text)) <= {URLS['Documentation']}
+    assert URLS['Documentation'] == f'https://{owner}.github.io/{name}/'
+
+
+def test_the_version_has_an_entry_in_the_changelog_and_the_citation():
+    changelog = (ROOT / 'CHANGELOG.md').read_text()
+    version, date = re.search(r'^## \[(\d[^]]*)\] - (\d{4}-\d\d-\d\d)$', changelog, flags=re.MULTILINE).groups()
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert version == timm_evo.__version__ == citation['version']
+    assert date == str(citation['date-released'])
+    assert f'\n[{version}]: {URLS["Repository"]}/releases/tag/v{version}\n' in changelog
 
 
 # `evolved`

@@ -64,7 +64,7 @@ def brightness(browser, height: int, width: int) -> torch.Tensor:
 
 def test_sliders_show_what_is_kept(page, browser):
     model, images = page
-    depth = visualization._count_blocks(model)
+    depth, averages = visualization._count_blocks(model), model.evolution['selection'] == 'similarity'
     for i, keep_ratio in enumerate(KEEP_RATIOS):
         model.set_evolution(keep_ratio=keep_ratio)
         selections = trace(model, images)
@@ -78,10 +78,26 @@ def test_sliders_show_what_is_kept(page, browser):
                 continue
             slow = current[-1].slow[0]
             assert text_of(browser, 'state').startswith(
+                f'Block {block}: {slow.numel()} patches as {slow.sum()} tokens, averaged before block '
+                f'{current[-1].block}; ' if averages else
                 f'Block {block}: {slow.sum()} of {slow.numel()} patches, selected before block {current[-1].block}; ')
             shown = brightness(browser, *slow.shape)
-            assert shown[slow].min() > shown[~slow].max()  # the photo is noise of one mean brightness
+            if averages:  # no patch is dark
+                assert shown.min() > 80
+            else:
+                assert shown[slow].min() > shown[~slow].max()  # the photo is noise of one mean brightness
+            assert text_of(browser, 'kept-caption') == browser.execute_script('return data.legend')
     assert not [entry for entry in browser.get_log('browser') if entry['level'] == 'SEVERE']
+
+
+def test_the_page_says_what_is_predicted_at_each_keep_ratio(page, browser):
+    runs = browser.execute_script('return data.runs')
+    for i, run in enumerate(runs):
+        move(browser, 'ratio', i)
+        dense, evolved = (row.text for row in browser.find_elements('css selector', '#prediction tr'))
+        assert dense.startswith('dense ') and evolved.startswith(f'keep ratio {run["keep_ratio"]:g} ')
+        assert evolved.endswith(', '.join(f'{name} {round(100 * share)}%' for name, share in run['prediction']))
+    assert dense.removeprefix('dense ') == evolved.removeprefix('keep ratio 1 ')  # as every patch is kept
 
 
 def test_the_pointer_says_what_a_patch_follows(page, browser):
@@ -99,10 +115,12 @@ def test_the_pointer_says_what_a_patch_follows(page, browser):
             canvas, round(x * canvas.size['width']), round(y * canvas.size['height'])).perform()
         follows = selection.follows[0, row, column].item()
         place = f'The patch in row {row}, column {column} '
-        if slow:
+        others = int((selection.follows == follows).sum()) - 1
+        if follows >= 0 and others:
+            expected = place + f'is averaged with {others} other'
+        elif slow:
             expected = place + 'goes through the blocks'
-        elif follows == -1:
-            expected = place + 'follows the representative token.'
         else:
-            expected = place + f'follows the one in row {follows // width}, column {follows % width}.'
+            assert follows == -1
+            expected = place + 'follows the representative token.'
         assert text_of(browser, 'hint').startswith(expected)

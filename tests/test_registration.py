@@ -312,12 +312,13 @@ def oldest_versions() -> dict[str, str]:
                 if (found := re.fullmatch(r'(Python|torch|timm)>=([\d.]+)', requirement)))
 
 
-@pytest.mark.parametrize('file', ['README.md', 'CHANGELOG.md', 'docs/quickstart.md', 'CONTRIBUTING.md'])
+@pytest.mark.parametrize(
+    'file', ['README.md', 'CHANGELOG.md', 'docs/quickstart.md', 'docs/develop.md', 'CONTRIBUTING.md'])
 def test_a_page_that_says_the_range_says_that_of_pyproject(file):
     lines = [line for line in (ROOT / file).read_text().splitlines() if 'or newer' in line]
     stated = dict(re.findall(r'(Python|torch|timm) (\d[\d.]*\d)', '\n'.join(lines)))
     oldest = oldest_versions()
-    assert stated == ({'Python': oldest['Python']} if file == 'CONTRIBUTING.md' else oldest)
+    assert stated == ({'Python': oldest['Python']} if file in ('docs/develop.md', 'CONTRIBUTING.md') else oldest)
 
 
 def test_the_code_and_the_tools_take_the_range_of_pyproject():
@@ -359,6 +360,20 @@ def test_continuous_integration_runs_with_the_versions_that_pyproject_names():
     matrix = jobs['versions']['strategy']['matrix']
     assert matrix['torch'][0].startswith(f'{oldest["torch"]}.') and matrix['timm'][0] == oldest['timm']
     assert matrix['torch'][-1] == matrix['timm'][-1] == 'newest'
+
+
+@pytest.mark.skipif(not shutil.which('make'), reason='there is no make')
+def test_the_site_is_deployed_from_a_strict_build():
+    workflow = ROOT / '.github' / 'workflows' / 'docs.yml'
+    if not workflow.exists():
+        pytest.skip('a source distribution has no workflows')
+    jobs = yaml.safe_load(workflow.read_text())['jobs']
+    steps = jobs['build']['steps']
+    assert 'make docs' in [step.get('run') for step in steps]
+    assert steps[-1]['uses'].startswith('actions/upload-pages-artifact@') and steps[-1]['with'] == {'path': 'site/'}
+    assert jobs['deploy']['needs'] == 'build'
+    commands = subprocess.run(['make', '-nB', 'docs'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert 'mkdocs build --strict\n' in commands
 
 
 # What is published

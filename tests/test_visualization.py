@@ -214,6 +214,90 @@ def test_a_page_refuses_a_keep_ratio_before_it_runs_another(photo, tmp_path):
     handle.remove()
 
 
+# What is drawn of patches that do not go through the blocks
+
+
+def test_by_similarity_each_group_has_its_mean_colour_and_none_is_dark(photo, drawn):
+    model = create()
+    figure = timm_evo.visualize(photo, model)
+    assert 'are averaged' in figure.get_supxlabel() and 'Dark' not in figure.get_supxlabel()
+    pixels, shown = drawn()
+    selections = timm_evo.trace(model, pixels)
+    assert selections
+    for axis, selection in zip(figure.axes[1:], selections, strict=True):
+        assert f'36 patches, {selection.slow.sum()} tokens' in axis.get_title()
+        picture = torch.as_tensor(np.asarray(axis.images[0].get_array()))
+        for place in selection.follows.unique():
+            inside = (selection.follows[0] == place).repeat_interleave(8, dim=0).repeat_interleave(8, dim=1)
+            torch.testing.assert_close(picture[inside].mean(dim=0), shown[inside].mean(dim=0), rtol=0, atol=1e-5)
+            assert inside.sum() == 64 or picture[inside].std(dim=0).max() < 1e-5
+
+
+@pytest.mark.parametrize('fast_update, others', [(True, 'move with a token that'), (False, 'stay as they are')])
+def test_as_published_the_patches_that_skip_the_blocks_are_dark(fast_update, others, photo, drawn):
+    model = create(selection='stage', fast_update=fast_update)
+    figure = timm_evo.visualize(photo, model)
+    assert re.search(f'Dark patches skip the blocks.* {others}', figure.get_supxlabel())
+    pixels, shown = drawn()
+    selections = timm_evo.trace(model, pixels)
+    for axis, selection in zip(figure.axes[1:1 + len(selections)], selections, strict=True):
+        slow = selection.slow[0].repeat_interleave(8, dim=0).repeat_interleave(8, dim=1).unsqueeze(2)
+        picture = torch.as_tensor(np.asarray(axis.images[0].get_array()))
+        torch.testing.assert_close(picture, shown.where(slow, 0.2 * shown), rtol=0, atol=1e-5)
+
+
+# What is predicted
+
+
+def likeliest(model, pixels, names) -> list[tuple[str, float]]:
+    values, numbers = model(pixels)[0].detach().softmax(dim=0).topk(3)
+    return [(names[i], value) for i, value in zip(numbers.tolist(), values.tolist(), strict=True)]
+
+
+def percentages(prediction) -> str:
+    return ', '.join(f'{name} {value:.0%}' for name, value in prediction)
+
+
+def test_the_prediction_is_written_dense_and_evolved(photo, drawn, tmp_path):
+    model, names = create(num_classes=5, keep_ratio=0.3), list('abcde')
+    torch.nn.init.normal_(model.head.weight)
+    figure = timm_evo.visualize(photo, model, names)
+    pixels = drawn()[0]
+    evolved = likeliest(model, pixels, names)
+    visualization.write_page(tmp_path / 'page.html', photo, model, [0.3, 0.8], names)
+    model.set_evolution(keep_ratio=0.8)
+    second = likeliest(model, pixels, names)
+    dense = likeliest(timm_evo.restore(model), pixels, names)
+    assert dense != evolved != second
+    assert figure.get_suptitle().splitlines()[1:] == [
+        f'dense: {percentages(dense)}', f'evolved: {percentages(evolved)}']
+    page = read_page(tmp_path / 'page.html')
+    for shown, expected in zip(
+            (page['prediction'], *(run['prediction'] for run in page['runs'])), (dense, evolved, second), strict=True):
+        assert [name for name, _ in shown] == [name for name, _ in expected]
+        assert [share for _, share in shown] == pytest.approx([share for _, share in expected], abs=1e-6)
+
+
+def test_classes_of_imagenet_have_their_names(photo):
+    model = create()
+    torch.nn.init.zeros_(model.head.weight)
+    with torch.no_grad():
+        model.head.bias[285], model.head.bias[281] = 9, 8.5
+    lines = timm_evo.visualize(photo, model).get_suptitle().splitlines()
+    assert all(re.match(rf'{kind}: Egyptian cat \d+%, tabby \d+%, ', line)
+               for kind, line in zip(('dense', 'evolved'), lines[1:], strict=True))
+
+
+@pytest.mark.parametrize('kwargs', [dict(num_classes=7), dict(num_classes=0), dict(num_classes=0, global_pool='')])
+def test_no_prediction_is_written_where_nobody_knows_the_names(kwargs, photo, tmp_path):
+    model = create(**kwargs)
+    assert len(timm_evo.visualize(photo, model).get_suptitle().splitlines()) == 1
+    visualization.write_page(tmp_path / 'page.html', photo, model)
+    assert read_page(tmp_path / 'page.html')['prediction'] is None
+    with pytest.raises(ValueError, match=r'classes has 2 names, EvoVisionTransformer has outputs \(1, .* one name for'):
+        timm_evo.visualize(photo, model, classes=['a', 'b'])
+
+
 # The commands
 
 
@@ -235,6 +319,21 @@ def test_the_command_draws(output, photo, checkpoint, tmp_path, capsys):
         assert [run['keep_ratio'] for run in read_page(tmp_path / output)['runs']] == [0.3, 0.5, 0.7, 0.9]
     else:
         assert Image.open(tmp_path / output).width > 500
+
+
+def test_the_command_takes_the_names_of_classes_from_a_file(photo, tmp_path):
+    photo.save(tmp_path / 'photo.jpg')
+    torch.save(create(num_classes=2).state_dict(), tmp_path / 'model.pth')
+    (tmp_path / 'names.txt').write_text('weiß\nschwarz\n', encoding='utf-8')
+    arguments = [
+        'visualize', tmp_path / 'photo.jpg', '--model', 'evo_vit_tiny_patch16_224', '--checkpoint',
+        tmp_path / 'model.pth', '--model-kwargs', 'num_classes=2', *KWARGS, '--output', tmp_path / 'out.html',
+        '--classes']
+    cli.main([str(argument) for argument in [*arguments, tmp_path / 'names.txt']])
+    page = read_page(tmp_path / 'out.html')
+    assert {name for name, _ in page['prediction']} == {'weiß', 'schwarz'}
+    assert 'no.txt cannot be read as names of classes' in message(*arguments, tmp_path / 'no.txt')
+    assert 'photo.jpg cannot be read as names of classes' in message(*arguments, tmp_path / 'photo.jpg')
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -420,7 +519,7 @@ def test_a_mistake_of_the_package_is_shown_as_one(error, photo, checkpoint, tmp_
 
 def test_a_picture_without_matplotlib_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    with pytest.raises(SystemExit, match=r"pip install 'timm-evo\[visualize\]'"):
+    with pytest.raises(SystemExit, match='pip install matplotlib$'):
         cli.main(['visualize', 'no.jpg', '--model', 'evo_test_vit', '--output', str(tmp_path / 'out.png')])
 
 

@@ -5,8 +5,8 @@ registers the `evo_*` models then. PyTorch imports it at the end of `import torc
 so the models are there wherever timm is. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` turns that off; `import timm_evo` still
 registers them.
 """
-import importlib
-import warnings
+import importlib as _importlib  # with an underscore, so that completion leaves it out
+import warnings as _warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
     from .tuning.tune import tune
     from .tuning.tuned import Tuned
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 __all__ = [
     'EvoEva', 'EvoLevit', 'EvoVisionTransformer', 'EvoVisionTransformerDistilled', 'EvolutionConfig', 'Selection',
     'Tuned', 'WholeGrid',
@@ -54,7 +54,7 @@ def autoload() -> None:
 
 
 def _warn(error: Exception) -> None:
-    warnings.warn(
+    _warnings.warn(
         f'timm-evo {__version__} could not register its models, timm works without them. '
         f'{type(error).__name__}: {error}',
         RuntimeWarning,
@@ -83,7 +83,7 @@ def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for
-    module = importlib.import_module(f'{__name__}.{_MODULES.get(name, name)}')
+    module = _importlib.import_module(f'{__name__}.{_MODULES.get(name, name)}')
     return getattr(module, name) if name in _MODULES else module
 
 

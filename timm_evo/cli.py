@@ -58,19 +58,20 @@ def _visualize(args: argparse.Namespace) -> None:
         raise ValueError(f'--keep-ratios is for a page, --output {args.output} is a picture of one keep ratio.')
 
     from . import checkpoints
-    from .inspection import building, visualization
+    from .inspection import building, prediction, visualization
 
     if suffix != PAGE:
         visualization.figure_class()  # before weights are loaded
     image = visualization.open_photo(args.image)  # likewise
+    classes = None if args.classes is None else prediction.read_classes(args.classes)
     model = building.build(args.model, dict(args.model_kwargs), pretrained=args.checkpoint is None)
     if args.checkpoint is not None:
         checkpoints.load_weights(model, args.checkpoint)
     if suffix == PAGE:
         keep_ratios = args.keep_ratios or visualization.KEEP_RATIOS
-        visualization.write_page(args.output, image, model, keep_ratios)
+        visualization.write_page(args.output, image, model, keep_ratios, classes)
     else:
-        visualization.visualize(image, model).savefig(args.output, dpi=150)
+        visualization.visualize(image, model, classes).savefig(args.output, dpi=150)
     print(args.output)
 
 
@@ -137,18 +138,24 @@ def _parse_args(args: list[str] | None) -> argparse.Namespace:
 
     visualize = commands.add_parser(
         'visualize',
-        help='draw which tokens a model keeps of an image',
-        description='Draw which tokens a model keeps of an image: a picture of every selection, or a page in which one '
-                    'moves through blocks and keep ratios.',
+        help='draw which patches of an image a model selects or averages, and what it predicts',
+        description='Draw which patches of an image a model selects or averages, and write what it predicts, dense and '
+                    'evolved: a picture of every selection, or a page in which one moves through blocks and keep '
+                    'ratios.',
     )
     visualize.set_defaults(command=_visualize)
     visualize.add_argument('image', type=Path, metavar='IMAGE', help='photo')
-    visualize.add_argument('--model', required=True, metavar='NAME', help='evo_* model, or hf-hub:user/name')
+    visualize.add_argument(
+        '--model', required=True, metavar='NAME',
+        help='model of timm, such as evo_vit_small_patch16_224, or hf-hub:user/name')
     visualize.add_argument(
         '--checkpoint', type=Path, metavar='FILE', help='weights (default: the pretrained ones of the Hub)')
     _add_model_kwargs(visualize, 'arguments of the model, such as keep_ratio=0.7 or selection=stage')
     visualize.add_argument(
         '--keep-ratios', nargs='+', type=float, metavar='RATIO', help='what a page offers (default: 0.3 0.5 0.7 0.9)')
+    visualize.add_argument(
+        '--classes', type=Path, metavar='FILE',
+        help="names of the model's classes, one a line (default: ImageNet's, for a model with as many classes)")
     visualize.add_argument(
         '--output', required=True, type=Path, metavar='FILE', help=f'{PAGE} for a page, or {", ".join(PICTURES)}')
 

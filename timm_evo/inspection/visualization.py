@@ -1,4 +1,4 @@
-""" Pictures of the tokens that an evolved model keeps """
+""" Pictures of what an evolved model does with the patches of an image: selected, or averaged """
 import base64
 import io
 import json
@@ -22,6 +22,7 @@ from ..api import evolved
 from ..errors import reason
 from ..models.base import EvolvedModel, evaluating, find_evolved, input_size
 from .cost import count_gmacs
+from .prediction import predict
 from .tracing import Selection, trace
 
 if TYPE_CHECKING:
@@ -38,11 +39,17 @@ _ALLOWED = (
     '(C, H, W) that is prepared as the model takes it')
 
 
-def visualize(image: Photo | Tensor, model: nn.Module, **evolution_args) -> 'Figure':
-    """Draw which tokens a model keeps of an image.
+def visualize(
+        image: Photo | Tensor,
+        model: nn.Module,
+        classes: Sequence[str] | None = None,
+        **evolution_args,
+) -> 'Figure':
+    """Draw what a model does with the patches of an image, and write what it predicts with and without that.
 
-    One column for each selection. In the published selections, what is not selected is dark, and below are the scores
-    that have selected; by similarity, each group of patches that goes on as one token has its mean colour.
+    One column for each selection. In the published selections, patches that skip the blocks are dark, and below are
+    the scores that have selected. By similarity no patch is skipped: patches whose tokens are averaged into one have
+    one colour, their mean.
 
     Args:
         image: A photo, which is prepared as timm does for the model: an image of Pillow, a file, or an array of uint8
@@ -50,6 +57,8 @@ def visualize(image: Photo | Tensor, model: nn.Module, **evolution_args) -> 'Fig
             tensor that is prepared (C, H, W), or (1, C, H, W); the only way for a model of other numbers of channels
             than 1 and 3, where the mean over them is drawn. One image, no batch.
         model: An evolved model, what wraps one, or a dense one, which is evolved for the time being.
+        classes: Names of the model's classes. By default those of ImageNet, for a model with as many classes; where
+            the names are not known, no prediction is written.
         **evolution_args: Those of `evolve` or `set_evolution`, for the time being.
 
     Returns:
@@ -64,23 +73,34 @@ def visualize(image: Photo | Tensor, model: nn.Module, **evolution_args) -> 'Fig
     Figure = figure_class()
     with _evolved(model, evolution_args) as evolved_model:
         pixels, photo = _prepare(image, evolved_model)
+        with evaluating(evolved_model):
+            predictions = {
+                'dense': _predict_dense(evolved_model, pixels, classes),
+                'evolved': predict(evolved_model, pixels, classes)}
         selections = trace(evolved_model, pixels)
-        title = ', '.join(f'{k}={v!r}' for k, v in evolved_model.evolution.items() if k in ('selection', 'keep_ratio'))
+        settings = evolved_model.evolution
+    title = [', '.join(f'{k}={v!r}' for k, v in settings.items() if k in ('selection', 'keep_ratio'))]
+    for kind, prediction in predictions.items():
+        if prediction is not None:
+            title.append(f'{kind}: ' + ', '.join(f'{name} {share:.0%}' for name, share in prediction))
     has_scores = any(selection.scores is not None for selection in selections)
     num_rows, num_columns = 1 + has_scores, 1 + len(selections)
-    figure = Figure(figsize=(2.4 * num_columns, 0.4 + 2.6 * num_rows), layout='constrained')
+    figure = Figure(figsize=(2.4 * num_columns, 1.0 + 2.6 * num_rows), layout='constrained')
     axes = figure.subplots(num_rows, num_columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle('\n'.join(title), fontsize=10)
+    if selections:
+        figure.supxlabel(_legend(settings), fontsize=9)
     axes[0, 0].imshow(photo.numpy())
     axes[0, 0].set_title('image', fontsize=9)
     for i, selection in enumerate(selections, start=1):
         num_kept, num_patches = int(selection.slow[0].sum()), selection.slow[0].numel()
-        axes[0, i].set_title(f'block {selection.block}: {num_kept} of {num_patches}', fontsize=9)
         if selection.scores is None:
+            axes[0, i].set_title(f'block {selection.block}: {num_patches} patches, {num_kept} tokens', fontsize=9)
             _draw_groups(axes[0, i], photo, selection)
         else:
+            axes[0, i].set_title(f'block {selection.block}: {num_kept} of {num_patches} patches', fontsize=9)
             slow = _to_pixels(selection.slow[0].cpu(), photo).unsqueeze(2)
             axes[0, i].imshow((photo * (0.2 + 0.8 * slow)).numpy())
             axes[1, i].imshow(selection.scores[0].float().cpu().numpy(), cmap='viridis')
@@ -93,6 +113,7 @@ def write_page(
         image: Photo | Tensor,
         model: nn.Module,
         keep_ratios: Sequence[float] = KEEP_RATIOS,
+        classes: Sequence[str] | None = None,
         **evolution_args,
 ) -> None:
     """Write one HTML file, which needs no other, to move through blocks and keep ratios over an image.
@@ -102,6 +123,7 @@ def write_page(
         image: As of `visualize`.
         model: Likewise.
         keep_ratios: What can be chosen on the page.
+        classes: As of `visualize`.
         **evolution_args: As of `visualize`, without `keep_ratio`.
 
     Raises:
@@ -118,18 +140,22 @@ def write_page(
         for keep_ratio in keep_ratios:
             evolved_model.set_evolution(keep_ratio=keep_ratio)  # refuses what is not allowed before anything is run
         pixels, photo = _prepare(image, evolved_model)
+        dense_prediction = _predict_dense(evolved_model, pixels, classes)
         for keep_ratio in keep_ratios:
             evolved_model.set_evolution(keep_ratio=keep_ratio)
             runs.append({
                 'keep_ratio': keep_ratio,
                 'gmacs': round(count_gmacs(evolved_model, pixels), 3),
                 'selections': [_describe(selection) for selection in trace(evolved_model, pixels)],
+                'prediction': predict(evolved_model, pixels, classes),
             })
         buffer = io.BytesIO()
         Image.fromarray((photo * 255).round().byte().numpy()).save(buffer, 'PNG')
         data = {
             'model': evolved_model.dense_architecture or type(evolved_model).__name__,
             'selection': evolved_model.evolution['selection'],
+            'legend': _legend(evolved_model.evolution),
+            'prediction': dense_prediction,
             'depth': _count_blocks(evolved_model),
             'runs': runs,
             'image': 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode(),
@@ -149,7 +175,7 @@ def figure_class() -> 'type[Figure]':
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("A picture is drawn with matplotlib: pip install 'timm-evo[visualize]'.") from error
+        raise ImportError('A picture is drawn with matplotlib, which is missing: pip install matplotlib') from error
     return Figure
 
 
@@ -159,6 +185,24 @@ def _evolved(model: nn.Module, evolution_args: dict):
     if found is not None and not evolution_args:
         return nullcontext(found)
     return evolved(model if found is None else found, **evolution_args)
+
+
+def _predict_dense(
+        model: EvolvedModel,
+        pixels: Tensor,
+        classes: Sequence[str] | None,
+) -> list[tuple[str, float]] | None:
+    """What the model predicts while every patch goes through every block."""
+    with evolved(model, keep_ratio=1.0):
+        return predict(model, pixels, classes)
+
+
+def _legend(settings: dict) -> str:
+    """What a picture shows of patches that do not go through the blocks themselves."""
+    if settings['selection'] == 'similarity':
+        return 'Patches of one colour are averaged and go on as one token. No patch is left out.'
+    others = 'move with a token that stands for them' if settings['fast_update'] else 'stay as they are'
+    return f'Dark patches skip the blocks from there on, and {others}.'
 
 
 def open_photo(image: Photo) -> Image.Image:
