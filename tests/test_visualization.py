@@ -523,7 +523,8 @@ def test_a_picture_without_matplotlib_is_refused_before_any_work(tmp_path, monke
         cli.main(['visualize', 'no.jpg', '--model', 'evo_test_vit', '--output', str(tmp_path / 'out.png')])
 
 
-@pytest.mark.parametrize('name', ['evo_deit_tiny_patch16_224', 'evo_levit_cls_128s', 'evo_vit_small_patch14_dinov2'])
+@pytest.mark.parametrize('name', [
+    'evo_deit_tiny_patch16_224', 'evo_levit_cls_128s', 'evo_vit_small_patch14_dinov2', 'evo_deit_small_patch16_384'])
 def test_info_tells_what_a_model_is(name, capsys):
     cli.main(['info', name])
     text = capsys.readouterr().out
@@ -532,7 +533,7 @@ def test_info_tells_what_a_model_is(name, capsys):
     assert f'GMACs       {timm_evo.count_gmacs(model, image):.2f}, dense ' in text
     assert f'parameters  {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M' in text
     assert repr(model).splitlines()[1].strip() in text
-    assert ('timm/' in text) == ('cls' not in name)
+    assert ('timm/' in text) == (not re.search('cls|384', name))
 
 
 def test_info_counts_the_tokens_of_each_block(capsys):

@@ -23,7 +23,7 @@ def evolve(model: nn.Module, **arguments: Any) -> EvolvedModel:
         **arguments: Those of `EvolutionConfig`.
 
     Returns:
-        The same object, its class changed to the evolved one; weights, device and mode as they were.
+        The same object. Its class is the evolved one; weights, device and mode are unchanged.
 
     Raises:
         TypeError: The model is of another class, or has blocks that cannot be evolved; or an argument is not known.
@@ -49,9 +49,8 @@ def restore(model: EvolvedModel) -> nn.Module:
     """
     if not isinstance(model, EvolvedModel):
         path, _ = find_evolved(model)
-        raise TypeError(f'{type(model).__name__} is not evolved' + (
-            f' itself, it has an evolved model as `.{path}`: restore that.' if path else
-            ', there is nothing to restore.'))
+        raise TypeError(f'{type(model).__name__} is not evolved.' + (
+            f' Its submodule `.{path}` is: restore that one.' if path else ''))
     model._check_restorable()
     dense_architecture, evolution_args = model.dense_architecture, model.ARGUMENTS
     model._take_evolution_away(model._added)
@@ -65,10 +64,12 @@ def restore(model: EvolvedModel) -> nn.Module:
 @takes_evolution_arguments
 @contextmanager
 def evolved(model: nn.Module, **arguments: Any) -> Iterator[EvolvedModel]:
-    """Evolve a model for a while, or an evolved model in another way: `with timm_evo.evolved(model, keep_ratio=0.7):`.
+    """Evolve a model within a `with`: `with timm_evo.evolved(model, keep_ratio=0.7):`.
+
+    An evolved model has other arguments within it. Afterwards, also after an error, the model is what it was before.
 
     Args:
-        model: A dense model as `evolve` takes it, or an evolved one. It is as it was afterwards.
+        model: A dense model as `evolve` takes it, or an evolved one.
         **arguments: Those of `EvolutionConfig` as `evolve` takes them, or `set_evolution` of an evolved model.
 
     Yields:

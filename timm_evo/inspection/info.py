@@ -34,7 +34,10 @@ def summarise(name: str, **kwargs: Any) -> str:
     assert evolved is not None
     dense_kwargs = {key: value for key, value in kwargs.items() if key not in evolved.ARGUMENTS}
     with torch.device('meta'):
-        dense = timm.create_model(evolved.dense_architecture, **dense_kwargs).eval()
+        # an evo_* name may have a larger image than the dense one of the same architecture
+        img_size = getattr(getattr(evolved, 'patch_embed', None), 'img_size', None)
+        size = {} if img_size is None else {'img_size': img_size}
+        dense = timm.create_model(evolved.dense_architecture, **{**size, **dense_kwargs}).eval()
         image = next(model.parameters()).new_zeros(1, *input_size(evolved))
         gmacs, dense_gmacs = count_gmacs(model, image), count_gmacs(dense, image)
         tokens = _count_tokens(model, evolved, image)

@@ -9,7 +9,7 @@ Shapes are those of `similarity`.
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
-# (kernels are in the language of Triton, in which more can be indexed than in Python)
+# (kernels are in Triton's language, which pyright does not know)
 import triton
 import triton.language as tl
 
