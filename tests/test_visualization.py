@@ -36,7 +36,7 @@ def read_page(file) -> dict:
 
 
 @pytest.mark.parametrize('name, kwargs, num_selections', [
-    ('evo_vit_tiny_patch16_224', SMALL, 2),
+    ('evo_vit_tiny_patch16_224', SMALL, 4),
     ('evo_deit_tiny_patch16_224', SMALL, 2),
     ('evo_levit_128s', dict(img_size=128), 2),
 ])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 
 from ..method.schedule import make_similarity_schedule
+from ..method.sequences import count_left
 
 __all__ = ['Space', 'find_best']
 
@@ -24,16 +25,34 @@ class Space:
     Args:
         depth: Number of blocks.
         num_patches: Number of patch tokens.
+        num_prefix_tokens: Number of prefix tokens.
         num_channels: Number of channels of a token.
+        is_aligned: See `method.sequences.count_left`.
     """
 
-    def __init__(self, depth: int, num_patches: int, num_channels: int) -> None:
+    def __init__(
+            self,
+            depth: int,
+            num_patches: int,
+            num_prefix_tokens: int,
+            num_channels: int,
+            is_aligned: bool,
+    ) -> None:
         self.depth = depth
-        self._attention = num_patches / (6 * num_channels)  # multiply-adds of attention to those of linear layers
+        self._num_patches, self._num_prefix_tokens = num_patches, num_prefix_tokens
+        self._is_aligned = is_aligned
+        self._attention = 1 / (6 * num_channels)  # multiply-adds of attention with a token to those of linear layers
 
     def cost(self, shares: Sequence[float]) -> float:
         """What all blocks but the last cost, in units of what the linear layers of a dense block do."""
-        return sum(share + self._attention * share ** 2 for share in shares[:-1])
+        num_left, cost = self._num_patches, 0.
+        for before, share in itertools.pairwise([1., *shares[:-1]]):
+            if share < before:
+                num_left = count_left(
+                    share, self._num_patches, self._num_prefix_tokens, num_left, self._is_aligned)
+            num_tokens = num_left + self._num_prefix_tokens
+            cost += num_tokens * (1 + self._attention * num_tokens)
+        return cost / (self._num_patches + self._num_prefix_tokens)
 
     def rule(self, keep_ratio: float) -> list[float]:
         """Share of each block by the rule."""
@@ -46,15 +65,20 @@ class Space:
     def shares_of(self, weights: Weights, cost: float) -> list[float] | None:
         """Shares of each block with these weights and this cost; None if more than half would have to go at once."""
         parts = list(itertools.accumulate(weights))
-        low, high = 0., 1.  # what a part leaves
-        for _ in range(50):
+
+        def shares_by(left: float) -> list[float]:
+            # in ten-thousandths, rounded up, so that all see the same schedule wherever it is written down
+            return [math.ceil(1e4 * left ** part - 1e-6) / 1e4 for part in parts]
+
+        low, high = self._num_patches ** (-1 / parts[-1]), 1.  # what a part leaves: at least one token in the end
+        for _ in range(20):
             left = (low + high) / 2
-            if self.cost([left ** part for part in parts]) > cost:
+            if self.cost(shares_by(left)) > cost:
                 high = left
             else:
                 low = left
-        # in ten-thousandths, rounded up, so that all see the same schedule wherever it is written down
-        shares = [math.ceil(1e4 * low ** part - 1e-6) / 1e4 for part in parts]
+        # Whole tokens go, so the cost grows in steps: the nearer one counts.
+        shares = min(map(shares_by, (low, high)), key=lambda found: abs(self.cost(found) - cost))
         is_allowed = all(after >= before / 2 for before, after in itertools.pairwise(shares))
         return shares if is_allowed else None
 

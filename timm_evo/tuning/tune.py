@@ -1,5 +1,4 @@
 """ The settings of similarity that keep most of a model, for its images and its machine """
-import bisect
 import copy
 import math
 from collections.abc import Iterable, Sequence
@@ -193,9 +192,12 @@ class _Tuning:
             raise ValueError('The dense model gives numbers for these images that are not finite.')
         is_classifier = outputs.dim() == 2 and getattr(self._model, 'num_classes', 0) > 0
         self._reference = Reference(outputs, is_classifier, self._labels if is_classifier else None)
+        num_prefix_tokens = self._model.num_prefix_tokens
         with torch.inference_mode():
-            num_patches = self._model.forward_features(self._images[:1]).shape[1] - self._model.num_prefix_tokens
-        self._space = Space(len(self._model.blocks), num_patches, self._model.embed_dim)
+            num_patches = self._model.forward_features(self._images[:1]).shape[1] - num_prefix_tokens
+        self._space = Space(
+            len(self._model.blocks), num_patches, num_prefix_tokens, self._model.embed_dim,
+            is_aligned=not self._model.dynamic_img_size)
 
         levels = [level for level in LEVELS if self._is_possible(level)]
         schedules = [self._space.rule(level) for level in levels]
@@ -294,7 +296,7 @@ class _Tuning:
         """The keep ratio that costs as much by the rule, in hundredths."""
         hundredths = [i for i in range(1, 100) if self._is_possible(i / 100)]
         costs = [self._space.cost(self._space.rule(i / 100)) for i in hundredths]
-        return hundredths[min(bisect.bisect_left(costs, cost), len(hundredths) - 1)] / 100
+        return min(zip(costs, hundredths, strict=True), key=lambda pair: abs(pair[0] - cost))[1] / 100
 
     def _is_possible(self, level: float) -> bool:
         try:
