@@ -81,7 +81,7 @@ def test_the_tuned_schedule_loses_no_more_than_the_rule_where_it_was_searched(im
     class Watched(_Tuning):
         def _kept(self, shares, part):
             kept = super()._kept(shares, part)
-            losses[tuple(shares), part] = kept.loss
+            losses[tuple(shares), part] = kept.log_loss
             return kept
 
     tuned = Watched(small_vit(), images, None, 16, False, None).meet('keep_ratio', 0.5)
@@ -279,6 +279,25 @@ def test_the_command_names_a_folder_without_images(tmp_path):
         cli.main(['tune', 'test_vit2', '--images', str(tmp_path / 'nowhere'), '--checkpoint', str(tiny(tmp_path))])
     with pytest.raises(SystemExit, match='timm-evo: --images .*: RuntimeError: Found 0 images'):
         cli.main(['tune', 'test_vit2', '--images', str(tmp_path), '--checkpoint', str(tiny(tmp_path))])
+
+
+def test_the_command_names_what_is_not_there_before_any_work(tmp_path):
+    with pytest.raises(SystemExit, match='timm-evo: --device mars is not available. RuntimeError: '):
+        cli.main(['tune', 'no_model', '--images', str(tmp_path), '--device', 'mars'])
+    with pytest.raises(SystemExit, match='timm-evo: --plot a.txt is not allowed, it must end with .png'):
+        cli.main(['tune', 'no_model', '--images', str(tmp_path), '--plot', 'a.txt'])
+
+
+def test_an_interrupted_command_says_how_it_continues(tmp_path, monkeypatch):
+    monkeypatch.setattr('timm_evo.tuning.folder.load_images', lambda *args: (torch.zeros(1), None))
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr('timm_evo.tuning.tune.tune', interrupt)
+    with pytest.raises(SystemExit, match='interrupted, the same command continues'):
+        cli.main([
+            'tune', 'test_vit2', '--images', str(tmp_path), '--checkpoint', str(tiny(tmp_path)), '--save',
+            str(tmp_path / 'a.json')])
 
 
 def tiny(folder):

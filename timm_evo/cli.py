@@ -81,10 +81,17 @@ def _tune(args: argparse.Namespace) -> None:
     if args.plot is not None and args.plot.suffix.lower() not in PICTURES:
         raise ValueError(f'--plot {args.plot} is not allowed, it must end with {", ".join(PICTURES)}.')
 
+    import torch
+
     from . import checkpoints
+    from .errors import reason
     from .inspection import building, visualization
     from .tuning import folder, tune
 
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # as torch says that there is none
+        raise ValueError(f'--device {args.device} is not available. {reason(error)}') from error
     if args.plot is not None:
         visualization.figure_class()  # before any work
     model = building.build(args.model, dict(args.model_kwargs), pretrained=args.checkpoint is None)
@@ -92,9 +99,12 @@ def _tune(args: argparse.Namespace) -> None:
         checkpoints.load_weights(model, args.checkpoint)
     images, labels = folder.load_images(args.images, model, args.num_images)
     wishes = dict(speedup=args.speedup, agreement=args.agreement, keep_ratio=args.keep_ratio)
-    tuned = tune.tune(
-        model.to(args.device), images, labels, **wishes, batch_size=args.batch_size, compile=args.compile,
-        save=args.save)
+    try:
+        tuned = tune.tune(
+            model.to(args.device), images, labels, **wishes, batch_size=args.batch_size, compile=args.compile,
+            save=args.save)
+    except KeyboardInterrupt:
+        sys.exit('timm-evo: interrupted' + ('.' if args.save is None else ', the same command continues.'))
     print(tuned)
     if args.plot is not None:
         tuned.draw().savefig(args.plot, dpi=150)

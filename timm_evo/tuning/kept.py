@@ -13,14 +13,17 @@ class Kept(NamedTuple):
     """How near the outputs of a model are to those of the dense one.
 
     Attributes:
-        loss: What a search makes small: mean Kullback-Leibler divergence of the predicted classes from the dense ones,
-            in nats; for a backbone one minus `agreement`.
+        loss: Mean Kullback-Leibler divergence of the predicted classes from the dense ones, in nats; for a backbone one
+            minus `agreement`.
+        log_loss: Mean logarithm of the divergence of each image. A search makes this small: the mean of the divergences
+            depends on a few images, so it says less about other images.
         agreement: Share of the images that get the same class; for a backbone the mean cosine of its features, after
             the mean of the dense features was subtracted.
         error: Standard error of `agreement`, as it would be for other images of the same kind.
         top1: Share of the images that get their label, if there are labels.
     """
     loss: float
+    log_loss: float
     agreement: float
     error: float
     top1: float | None
@@ -52,16 +55,21 @@ class Reference:
             cosines = F.cosine_similarity(outputs - self._mean, self._features[first::step], dim=-1)
             cosines = cosines.flatten(1).mean(dim=1) if cosines.dim() > 1 else cosines
             mean = cosines.mean().item()
-            return Kept(1 - mean, mean, (cosines.std() / math.sqrt(len(cosines))).item(), None)
+            error = (cosines.std() / math.sqrt(len(cosines))).item()
+            return Kept(1 - mean, _mean_log(1 - cosines), mean, error, None)
         dense = self._log_probs[first::step]
-        loss = F.kl_div(outputs.log_softmax(dim=1), dense, log_target=True, reduction='batchmean').item()
+        losses = F.kl_div(outputs.log_softmax(dim=1), dense, log_target=True, reduction='none').sum(dim=1)
         classes = outputs.argmax(dim=1)
         num_same, num = int((classes == dense.argmax(dim=1)).sum()), len(classes)
         # Agresti and Coull's share, because that of all images has an error, too
         share = (num_same + 2) / (num + 4)
         error = math.sqrt(share * (1 - share) / (num + 4))
         top1 = None if self._labels is None else _share(classes == self._labels[first::step])
-        return Kept(loss, num_same / num, error, top1)
+        return Kept(losses.mean().item(), _mean_log(losses), num_same / num, error, top1)
+
+
+def _mean_log(losses: Tensor) -> float:
+    return losses.clamp(min=1e-5).log().mean().item()  # a smaller one is as good as none
 
 
 def _share(is_right: Tensor) -> float:

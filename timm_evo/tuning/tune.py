@@ -287,7 +287,7 @@ class _Tuning:
         rule = space.weights_of(space.rule(self._level_of(cost)))
         seeds = [rule, *space.neighbours(rule)]
         self._expect('schedules', _MOST_SCHEDULES)
-        self._weights = find_best(space, cost, seeds, lambda shares: self._kept(shares, 0).loss, _MOST_SCHEDULES)
+        self._weights = find_best(space, cost, seeds, lambda shares: self._kept(shares, 0).log_loss, _MOST_SCHEDULES)
         shares = space.shares_of(self._weights, cost)
         assert shares is not None
         return shares
