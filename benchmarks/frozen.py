@@ -78,11 +78,11 @@ PRESETS = {
         earlier=[0.3, 0.35, 0.5, 0.7, 0.9], tune=[0.35, 0.5, 0.7], tome_r=[5, 10, 14, 17, 20],
         evit_keep_rates=[0.5, 0.7, 0.9]),
     'dinov2_small': dict(
-        keep_ratios=[0.3, 0.35, 0.5, 0.7, 0.9], published_ratios=[0.5, 0.7], earlier=[0.3, 0.35, 0.5, 0.7, 0.9],
-        tune=[0.35, 0.5, 0.7], tome_r=[8, 11, 14, 17], evit_keep_rates=[0.5, 0.7, 0.9], num_images=200),
+        keep_ratios=[0.3, 0.35, 0.5, 0.7], published_ratios=[0.5, 0.7], earlier=[0.35, 0.5, 0.7], tune=[0.5],
+        tome_r=[11, 14, 17], evit_keep_rates=[0.7], num_images=200, rounds=7),
     'dinov2_small_448': dict(
-        img_size=448, keep_ratios=[0.3, 0.35, 0.5, 0.7], published_ratios=[0.3, 0.5], earlier=[0.3, 0.35, 0.5, 0.7],
-        tune=[], tome_r=[11, 14, 17], evit_keep_rates=[0.5, 0.7], num_images=40, batch_size=4, rounds=7),
+        img_size=448, keep_ratios=[0.3, 0.35, 0.5], published_ratios=[0.5], earlier=[0.3, 0.35, 0.5], tune=[],
+        tome_r=[11, 14, 17], evit_keep_rates=[0.7], num_images=40, batch_size=4, rounds=7),
 }
 
 

@@ -234,7 +234,7 @@ def test_arguments_of_the_other_family_are_told_apart():
 
 def test_defaults_are_those_of_the_family():
     vit = timm_evo.evolve(timm.create_model('test_vit', depth=12))
-    assert vit.evolution['selection'] == 'similarity' and vit.schedule.begins[1]
+    assert vit.evolution['selection'] == 'similarity' and vit.schedule.begins[3]
     levit = timm_evo.evolve(timm.create_model('levit_128s'))
     assert levit.evolution['selection'] == 'stage'
     assert levit.schedule == timm.create_model('evo_levit_128s', start_block=2, tradeoff=0.5).schedule

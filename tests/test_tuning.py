@@ -63,6 +63,18 @@ def test_the_settings_go_into_evolve_and_cost_what_the_wish_allows(wish, images,
     assert created.evolution_config == tuned.config
 
 
+def test_the_settings_stay_with_a_model_that_is_saved(tmp_path):
+    dense = timm.create_model('test_vit').eval()
+    tuned = timm_evo.Tuned(
+        dict(selection='similarity', keep_ratio=[0.8] + [0.6] * (len(dense.blocks) - 2), start_block=1), '', [], True)
+    model = timm.create_model('evo_test_vit', **tuned.settings).eval()
+    timm_evo.hub.save(model, tmp_path / 'model')
+    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    assert loaded.evolution_config == tuned.config
+    images = torch.randn(2, 3, 160, 160)
+    torch.testing.assert_close(loaded(images), model(images))
+
+
 def test_the_table_is_of_images_that_were_not_searched_on(images, no_timing):
     tuned = timm_evo.tune(small_vit(), images, keep_ratio=0.5)
     model = small_vit()

@@ -296,7 +296,9 @@ class _Tuning:
         """The keep ratio that costs as much by the rule, in hundredths."""
         hundredths = [i for i in range(1, 100) if self._is_possible(i / 100)]
         costs = [self._space.cost(self._space.rule(i / 100)) for i in hundredths]
-        return min(zip(costs, hundredths, strict=True), key=lambda pair: abs(pair[0] - cost))[1] / 100
+        # of those that cost the same, as whole tokens go, rather a round one
+        _, _, found = min((abs(of - cost), i % 10 > 0, i) for of, i in zip(costs, hundredths, strict=True))
+        return found / 100
 
     def _is_possible(self, level: float) -> bool:
         try:
