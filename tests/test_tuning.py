@@ -103,6 +103,15 @@ def test_the_tuned_schedule_loses_no_more_than_the_rule_where_it_was_searched(im
     assert losses[found, 0] <= losses[rule, 0]
 
 
+def test_an_evolved_model_is_compared_with_the_dense_one_of_its_weights(images, no_timing):
+    of_dense = timm_evo.tune(small_vit(), images, keep_ratio=0.5)
+    model = timm_evo.evolve(small_vit(), selection='stage', keep_ratio=0.3)
+    of_evolved = timm_evo.tune(model, images, keep_ratio=0.5)
+    assert (of_evolved.settings, of_evolved.rows) == (of_dense.settings, of_dense.rows)
+    assert of_dense.rows[0].gmacs == pytest.approx(timm_evo.count_gmacs(small_vit(), images[:1]))
+    assert model.evolution['selection'] == 'stage'
+
+
 def test_labels_give_top1_and_backbones_a_cosine(images, no_timing):
     labels = torch.arange(40) % 10
     batches = list(zip(images.split(8), labels.split(8), strict=True))  # as a DataLoader gives

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
-from ..api import evolve
+from ..api import evolve, restore
 from ..inspection.cost import count_gmacs
 from ..models.base import EvolvedModel
 from .kept import Kept, Reference
@@ -158,12 +158,9 @@ class _Tuning:
             compile: bool,
             notes: Path | None,
     ) -> None:
-        shared = _share(model).eval()
-        if isinstance(shared, EvolvedModel):
-            shared.set_evolution(**_dense_settings(shared))
-        else:
-            shared = evolve(shared, selection='similarity', keep_ratio=1.)
-        self._model = shared
+        dense = _share(model).eval()
+        self._dense: Any = restore(dense) if isinstance(dense, EvolvedModel) else dense
+        self._model = evolve(_share(self._dense), selection='similarity', keep_ratio=1.)
         weight = next(self._model.parameters())
         self._images = images.to(weight.device, weight.dtype)
         self._labels = None if labels is None else labels.to(weight.device)
@@ -186,7 +183,7 @@ class _Tuning:
 
     def _meet(self, wish: str, value: float) -> Tuned:
         self._expect('dense model', 1)
-        outputs = self._outputs(0, 1)
+        outputs = self._outputs(self._dense, 0, 1)
         self._progress.update()
         if not outputs.isfinite().all():
             raise ValueError('The dense model gives numbers for these images that are not finite.')
@@ -310,7 +307,7 @@ class _Tuning:
     def _row(self, setting: str, level: float, shares: list[float], speed: float) -> Row:
         kept = self._kept(shares, 1)
         self._set(shares)
-        gmacs = count_gmacs(self._model, self._images[:1])
+        gmacs = count_gmacs(self._dense if setting == 'dense' else self._model, self._images[:1])
         return Row(setting, level, gmacs, speed, kept.agreement, 0. if setting == 'dense' else kept.error, kept.loss,
                    kept.top1)
 
@@ -318,7 +315,7 @@ class _Tuning:
         """What a schedule keeps of every second image, from the first or from the second one on."""
         def measure() -> list[Any]:
             self._set(shares)
-            return list(self._reference.compare(self._outputs(part, 2), part, 2))
+            return list(self._reference.compare(self._outputs(self._model, part, 2), part, 2))
 
         kept = Kept(*self._notes.get(f'kept of part {part} by {shares}', measure))
         self._progress.update()
@@ -329,7 +326,7 @@ class _Tuning:
         def measure() -> list[float]:
             images = self._images[:self._batch_size]
             models = [self._timed(shares) for shares in schedules]
-            dense = self._timed([1.] * self._space.depth)
+            dense = torch.compile(self._dense) if self._compile else self._dense
             rounds = _ROUNDS if len(models) > 1 else _FINAL_ROUNDS
             self._expect('speed', 1 + len(models) + rounds * len(models))
             return measure_speedups(dense, models, images, rounds, self._progress.update)
@@ -346,8 +343,8 @@ class _Tuning:
         self._model.set_evolution(keep_ratio=shares[1:], start_block=1)
 
     @torch.inference_mode()
-    def _outputs(self, first: int, step: int) -> Tensor:
-        return torch.cat([self._model(batch) for batch in self._images[first::step].split(self._batch_size)])
+    def _outputs(self, model: Any, first: int, step: int) -> Tensor:
+        return torch.cat([model(batch) for batch in self._images[first::step].split(self._batch_size)])
 
     def _expect(self, what: str, steps: int) -> None:
         """Show what comes next, and how many steps it takes at most."""
@@ -359,13 +356,6 @@ class _Tuning:
 def _share(model: nn.Module) -> Any:
     """A copy with the very weights of a model."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-
-
-def _dense_settings(model: EvolvedModel) -> dict[str, Any]:
-    """Arguments for `set_evolution` that make similarity of whatever selection there is, at no reduction."""
-    defaults = dict(stage_depth=None, tradeoff=None, fast_update=True, layerwise_updates=0)
-    return dict(selection='similarity', keep_ratio=1., start_block=None) | {
-        name: value for name, value in defaults.items() if name in model.evolution}
 
 
 def _fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
