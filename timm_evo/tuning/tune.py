@@ -326,7 +326,7 @@ class _Tuning:
         def measure() -> list[float]:
             images = self._images[:self._batch_size]
             models = [self._timed(shares) for shares in schedules]
-            dense = torch.compile(self._dense) if self._compile else self._dense
+            dense: Any = torch.compile(self._dense) if self._compile else self._dense
             rounds = _ROUNDS if len(models) > 1 else _FINAL_ROUNDS
             self._expect('speed', 1 + len(models) + rounds * len(models))
             return measure_speedups(dense, models, images, rounds, self._progress.update)
