@@ -265,7 +265,7 @@ def prepare_photos(args: argparse.Namespace) -> Work:
         Classes(dense, [(x.to(args.device), y.to(args.device)) for x, y in batches], is_unseen.to(args.device)),
         json.loads(json.dumps(identity)),
         f'Frozen weights of {name}, {len(files)} photos of ImageNet',
-        {'top1': 'top-1 (%)', 'kl_unseen': 'KL to the dense predictions, of photos that nothing was chosen on'},
+        {'top1': 'top-1 (%)', 'kl_unseen': 'KL to the dense predictions, unseen photos (nats)'},
         None,
         images[[i % 20 in TUNED for i in range(len(files))]].to(args.device),
     )
@@ -545,6 +545,9 @@ def draw_panel(axis: Axes, key: str, results: dict[str, dict], is_of_grids: bool
                 row['value'], place, xytext=((5, 4), (-4, -11))[i % 2], ha=('left', 'right')[i % 2],
                 textcoords='offset points', fontsize=8, color=color)
     axis.plot(1, dense, 'k*', markersize=13, label=DENSE)
+    if key == 'kl_unseen':  # which grows by orders of magnitude
+        axis.set_yscale('symlog', linthresh=0.005)
+        axis.set_ylim(bottom=0)
     axis.legend(title='point: keep ratio, r or keep rate')
 
 

@@ -97,7 +97,7 @@ class Tuned:
             axis.errorbar([row.speedup for row in rows], [row.agreement for row in rows],
                           [row.error for row in rows], fmt=style, capsize=3, label=name)
         for row in rule:
-            if row.setting == 'rule':
+            if row.setting == 'rule' and row.keep_ratio == round(row.keep_ratio, 1):  # not the one beside the tuned one
                 axis.annotate(f'{row.keep_ratio:g}', (row.speedup, row.agreement), xytext=(4, 6),
                               textcoords='offset points', fontsize=8)
         axis.set(xlabel='speed-up over the dense model', ylabel='share of images that get the same class'
