@@ -5,7 +5,7 @@ selections `stage` and `layer`, and in ToMe's and EViT's own code, each at sever
 weights, with one command each. Photos are those of https://github.com/EliSchwartz/imagenet-sample-images, one of each
 class of ImageNet, in the order of the classes.
 
-Classes of DeiT-Ti, with a checkpoint (docs/dense-weights.md says of which one the results are) or timm's pretrained one:
+Classes of DeiT-Ti, with a checkpoint (that of the results is named in docs/dense-weights.md) or the pretrained one:
 
     python benchmarks/frozen.py --preset deit_tiny --checkpoint deit_tiny_in1k.safetensors \
         --photos imagenet-sample-images --tome ToMe --evit evit --results benchmarks/results/frozen_deit_tiny_cpu
