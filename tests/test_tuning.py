@@ -213,6 +213,12 @@ def test_images_that_say_nothing_are_refused(spoil, message, images):
         timm_evo.tune(small_vit(), spoil(images))
 
 
+def test_a_keep_ratio_that_is_too_small_is_refused_before_anything_is_measured(images, monkeypatch):
+    monkeypatch.setattr(_Tuning, '_kept', None)
+    with pytest.raises(ValueError, match='keep_ratio=0.001 is not allowed .* it must be at least'):
+        timm_evo.tune(small_vit(), images, keep_ratio=0.001)
+
+
 def test_levit_and_other_models_say_why_they_cannot_be_tuned(images):
     with pytest.raises(ValueError, match='not allowed for LeViT'):
         timm_evo.tune(timm.create_model('levit_128s', num_classes=10), images)
@@ -307,6 +313,11 @@ def test_the_command_names_what_is_not_there_before_any_work(tmp_path):
         cli.main(['tune', 'no_model', '--images', str(tmp_path), '--device', 'mars'])
     with pytest.raises(SystemExit, match='timm-evo: --plot a.txt is not allowed, it must end with .png'):
         cli.main(['tune', 'no_model', '--images', str(tmp_path), '--plot', 'a.txt'])
+    with pytest.raises(SystemExit, match='timm-evo: --plot .*b.png: there is no folder .*nowhere'):
+        cli.main(['tune', 'no_model', '--images', str(tmp_path), '--plot', str(tmp_path / 'nowhere' / 'b.png')])
+    with pytest.raises(SystemExit, match='timm-evo: --save .*c.json is a folder'):
+        (tmp_path / 'c.json').mkdir()
+        cli.main(['tune', 'no_model', '--images', str(tmp_path), '--save', str(tmp_path / 'c.json')])
 
 
 def test_an_interrupted_command_says_how_it_continues(tmp_path, monkeypatch):

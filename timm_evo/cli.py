@@ -46,14 +46,19 @@ def _info(args: argparse.Namespace) -> None:
     print(info.summarise(args.model, **dict(args.model_kwargs)))
 
 
+def _check_can_be_file(option: str, file: Path) -> None:
+    """Refuse, before any work, a file that could not be written."""
+    if not file.absolute().parent.is_dir():
+        raise FileNotFoundError(f'{option} {file}: there is no folder {file.parent}.')
+    if file.is_dir():
+        raise IsADirectoryError(f'{option} {file} is a folder.')
+
+
 def _visualize(args: argparse.Namespace) -> None:
     suffix = args.output.suffix.lower()
     if suffix not in (PAGE, *PICTURES):
         raise ValueError(f'--output {args.output} is not allowed, it must end with {PAGE} or {", ".join(PICTURES)}.')
-    if not args.output.absolute().parent.is_dir():
-        raise FileNotFoundError(f'--output {args.output}: there is no folder {args.output.parent}.')
-    if args.output.is_dir():
-        raise IsADirectoryError(f'--output {args.output} is a folder.')
+    _check_can_be_file('--output', args.output)
     if args.keep_ratios and suffix != PAGE:
         raise ValueError(f'--keep-ratios is for a page, --output {args.output} is a picture of one keep ratio.')
 
@@ -80,6 +85,9 @@ def _tune(args: argparse.Namespace) -> None:
         args.plot = args.save.with_suffix('.png')
     if args.plot is not None and args.plot.suffix.lower() not in PICTURES:
         raise ValueError(f'--plot {args.plot} is not allowed, it must end with {", ".join(PICTURES)}.')
+    for option, file in (('--save', args.save), ('--plot', args.plot)):
+        if file is not None:
+            _check_can_be_file(option, file)
 
     import torch
 

@@ -84,13 +84,12 @@ class Space:
 
     def neighbours(self, weights: Weights) -> Iterator[Weights]:
         """Schedules where one event, a part of one, or all of them go one block earlier or later."""
-        ends = (1, self.depth - 2)
         for step in (-1, 1):
             moved = (0,) * max(step, 0) + weights[max(-step, 0):self.depth - max(step, 0)] + (0,) * max(-step, 0)
             if sum(moved[1:-1]) == sum(weights):
                 yield _simplest(moved)
             for block in range(1, self.depth - 1):
-                if not ends[0] <= block + step <= ends[1] or not weights[block]:
+                if not weights[block] or not 1 <= block + step < self.depth - 1:
                     continue
                 for part in {weights[block], -(-weights[block] // 2)}:
                     changed = list(weights)

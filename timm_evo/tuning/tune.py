@@ -1,6 +1,7 @@
 """ The settings of similarity that keep most of a model, for its images and its machine """
 import copy
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from numbers import Real
@@ -196,6 +197,8 @@ class _Tuning:
             len(self._model.blocks), num_patches, num_prefix_tokens, self._model.embed_dim,
             is_aligned=not self._model.dynamic_img_size)
 
+        if wish == 'keep_ratio':
+            self._space.rule(value)  # which refuses one that is too small, before anything is measured
         levels = [level for level in LEVELS if self._is_possible(level)]
         schedules = [self._space.rule(level) for level in levels]
         self._expect('keep ratios', 2 * len(levels))
@@ -212,8 +215,6 @@ class _Tuning:
             return self._meet_speedup(value, costs, speedups, rows)
         if wish == 'agreement':
             return self._meet_agreement(value, levels, searched, rows)
-        if not self._is_possible(value):
-            self._space.rule(value)  # which says why
         shares = self._search(self._space.cost(self._space.rule(value)))
         return self._found(shares, rows, f'keep ratio {value:g}', self._speedups([shares])[0])
 
@@ -223,7 +224,7 @@ class _Tuning:
                 f'Nothing meets {wish:g} x: the fastest keep ratio measured has {max(speedups):.2f} x.', rows)
         # Times are a line over the costs but for noise, which a line through all of them has least of.
         dense = self._space.cost([1.] * self._space.depth)
-        slope, offset = _fit_line([dense, *costs], [1., *(1 / found for found in speedups)])
+        slope, offset = statistics.linear_regression([dense, *costs], [1., *(1 / found for found in speedups)])
         if slope <= 0:
             return self._none('Measured times do not grow with the cost: something else keeps the machine busy.', rows)
 
@@ -356,10 +357,3 @@ class _Tuning:
 def _share(model: nn.Module) -> Any:
     """A copy with the very weights of a model."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-
-
-def _fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Slope and value at zero of the line through points with the smallest squares."""
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
-    return slope, mean_y - slope * mean_x
