@@ -19,9 +19,10 @@ import torch
 from common.arguments import add_device, positive_int
 from common.environment import describe_environment, summarise_environment
 from common.left import Features
+from common.photos import reported_photos
 from common.results import add_results, markdown_table, replacing, write_json
 from common.saliency import Decoder, create_backbone, read_weights
-from frozen import SEARCH_STEP, load_photos, spread
+from frozen import load_photos
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -81,8 +82,7 @@ def main() -> None:
 
     backbone, decoder = read_weights(args.features)
     dense = create_backbone(backbone, args.img_size).to(args.device)
-    files = sorted(file for file in args.photos.iterdir() if file.suffix.lower() in ('.jpeg', '.jpg', '.png'))
-    files = spread([file for i, file in enumerate(files) if i % SEARCH_STEP], args.num_images)
+    files = reported_photos(args.photos, args.num_images)
     photos = load_photos(files, args.img_size)
     features = Features(dense, Decoder(decoder).to(args.device), photos, args.batch_size, args.device)
     noise = torch.randn(photos.shape, generator=torch.Generator().manual_seed(0)).round()

@@ -21,6 +21,7 @@ import timm
 import torch
 from common.arguments import positive_int
 from common.environment import describe_environment, summarise_environment
+from common.photos import reported_photos
 from common.report import write_report
 from common.results import add_results, markdown_table
 from PIL import Image
@@ -34,7 +35,6 @@ import timm_evo
 
 SETTINGS = [(selection, ratio) for selection in ('similarity', 'stage') for ratio in (0.7, 0.5)]
 NAMES = {'similarity': 'similarity', 'stage': 'published'}
-SEARCH_STEP = 25  # the photos that the rules were chosen on
 
 
 @contextmanager
@@ -91,15 +91,12 @@ def explain(model: nn.Module, images: Tensor, classes: Tensor) -> dict[str, Tens
 
 
 def load_photos(folder: Path, number: int, model: nn.Module) -> list[Tensor]:
-    """Some of the unused photos, evenly spaced, as input of the model (C, H, W)."""
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in ('.jpeg', '.jpg', '.png'))
-    files = [file for i, file in enumerate(files) if i % SEARCH_STEP]
-    if len(files) < number:
-        raise SystemExit(f'--photos: there are only {len(files)} in {folder} without every {SEARCH_STEP}th')
+    """Photos that nothing was chosen on, as input of the model (C, H, W)."""
+    files = reported_photos(folder, number)
     transform = create_transform(**resolve_data_config({}, model=model))
     photos = []
-    for i in tqdm(range(number), desc='photos'):
-        with Image.open(files[i * len(files) // number]) as image:
+    for file in tqdm(files, desc='photos', unit='photo'):
+        with Image.open(file) as image:
             photos.append(transform(image.convert('RGB')))
     return photos
 

@@ -48,6 +48,7 @@ from common.environment import describe_environment, library_fingerprint
 from common.left import Classes, Features
 from common.measuring import DTYPES, Through, Variant, measure, summarise
 from common.other_methods import clone, fold_layer_scale, load_evit, load_tome
+from common.photos import REPORTED, TUNED, list_photos, reported_photos, spread
 from common.results import add_results, find_validation_split, markdown_table, write_json, write_results
 from common.saliency import BACKBONE, Decoder, create_backbone, read_weights
 from matplotlib.axes import Axes
@@ -69,9 +70,6 @@ STYLES = {
 KEEP_RATIOS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
 TOME_R = [4, 8, 11, 14, 17, 20]  # for 256 patches and 12 blocks
 EVIT_KEEP_RATES = [0.5, 0.6, 0.7, 0.8, 0.9]
-# Of every 20 photos: those that nothing was chosen on, and those that schedules are tuned on.
-REPORTED = frozenset([1, 2, 5, 6, 9, 17, 18])
-TUNED = frozenset([0, 4, 8, 12])
 PRESETS = {
     'deit_tiny': dict(
         model='deit_tiny_patch16_224', keep_ratios=[0.3, 0.35, 0.5, 0.7, 0.9], published_ratios=[0.5, 0.7],
@@ -158,15 +156,6 @@ def weights_fingerprint(model: nn.Module) -> str:
     return fingerprint(tensor.cpu().contiguous().numpy().tobytes() for tensor in model.state_dict().values())
 
 
-def spread(items: list, number: int | None) -> list:
-    """Evenly spread ones of a list, or all."""
-    if number is None:
-        return items
-    if number > len(items):
-        raise SystemExit(f'--num-images: there are only {len(items)}')
-    return [items[i * len(items) // number] for i in range(number)]
-
-
 def load_photos(files: list[Path], img_size: int) -> Tensor:
     """The middle of each photo (N, 3, H, W), in bytes."""
     transform = timm.data.create_transform(img_size, interpolation='bicubic', crop_pct=0.875, use_prefetcher=True)
@@ -177,13 +166,6 @@ def load_photos(files: list[Path], img_size: int) -> Tensor:
     return torch.stack(photos)
 
 
-def list_photos(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in ('.jpeg', '.jpg', '.png'))
-    if len(files) < 20:
-        raise SystemExit(f'--photos: there are too few photos in {folder}')
-    return files
-
-
 def prepare_features(args: argparse.Namespace) -> Work:
     try:
         backbone, decoder = read_weights(args.features)
@@ -192,8 +174,7 @@ def prepare_features(args: argparse.Namespace) -> Work:
     img_size = args.img_size or 224
     if img_size % 14:
         raise SystemExit(f'--img-size {img_size} is not a multiple of 14 pixels')
-    every = list_photos(args.photos)
-    files = spread([file for i, file in enumerate(every) if i % 20 in REPORTED], args.num_images)
+    files = reported_photos(args.photos, args.num_images)
     dense = fold(create_backbone(backbone, img_size), BACKBONE).to(args.device)
     identity = {
         'model': BACKBONE,
@@ -204,7 +185,7 @@ def prepare_features(args: argparse.Namespace) -> Work:
     }
     task = Features(
         dense, Decoder(decoder).to(args.device), load_photos(files, img_size), args.batch_size, args.device)
-    tuned_on = [file for i, file in enumerate(every) if i % 20 in TUNED]
+    tuned_on = [file for i, file in enumerate(list_photos(args.photos)) if i % 20 in TUNED]
     return Work(
         dense,
         task,
