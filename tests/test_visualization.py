@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
+from timm.models._hub import save_for_hf
 
 import timm_evo
 from timm_evo import checkpoints, cli
@@ -319,6 +320,32 @@ def test_the_command_draws(output, photo, checkpoint, tmp_path, capsys):
         assert [run['keep_ratio'] for run in read_page(tmp_path / output)['runs']] == [0.3, 0.5, 0.7, 0.9]
     else:
         assert Image.open(tmp_path / output).width > 500
+
+
+def test_the_command_evolves_a_dense_model_with_the_arguments_given(photo, tmp_path):
+    photo.save(tmp_path / 'photo.jpg')
+    torch.save(timm.create_model('vit_tiny_patch16_224', **SMALL).state_dict(), tmp_path / 'model.pth')
+    arguments = [
+        'visualize', tmp_path / 'photo.jpg', '--model', 'vit_tiny_patch16_224', '--checkpoint', tmp_path / 'model.pth',
+        '--output', tmp_path / 'out.html', '--model-kwargs', *KWARGS, 'selection=stage', 'stage_depth=1']
+    cli.main([str(argument) for argument in arguments])
+    page = read_page(tmp_path / 'out.html')
+    assert page['selection'] == 'stage' and len(page['runs'][0]['selections']) == 4
+    assert re.search('keep_ratio=2 is not allowed', message(*arguments, 'keep_ratio=2'))
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'evo_vit_tiny_patch16_224', 'deit_tiny_patch16_224.fb_in1k'])
+def test_arguments_of_evolution_are_those_of_any_name(name):
+    model = building.build(name, SMALL | dict(keep_ratio=0.7, class_token=False, global_pool='avg'))
+    assert isinstance(model, timm_evo.EvoVisionTransformer) and model.evolution['keep_ratio'] == 0.7
+    assert model.cls_token is None  # the argument of timm's ViT, not that of an evolved LeViT
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'evo_vit_tiny_patch16_224'])
+def test_arguments_of_evolution_are_those_of_a_folder(name, tmp_path):
+    save_for_hf(timm.create_model(name, **SMALL), tmp_path, model_args=SMALL)
+    model = building.build(f'local-dir:{tmp_path}', dict(keep_ratio=0.7), pretrained=True)
+    assert isinstance(model, timm_evo.EvoVisionTransformer) and model.evolution['keep_ratio'] == 0.7
 
 
 def test_the_command_takes_the_names_of_classes_from_a_file(photo, tmp_path):
