@@ -73,10 +73,10 @@ class EvolutionConfig:
             self._check(name, isinstance(getattr(self, name), bool), 'True or False')
         for share in _each(self.keep_ratio):
             if not _is_share(share) or share == 0:
-                raise ValueError(f'keep_ratio={share!r} is not allowed, it must be a number in (0, 1].')
+                raise ValueError(f'keep_ratio={share!r} is not allowed. It must be a number in (0, 1].')
         for share in _each(0.5 if self.tradeoff is None else self.tradeoff):
             if not _is_share(share):
-                raise ValueError(f'tradeoff={share!r} is not allowed, it must be a number in [0, 1].')
+                raise ValueError(f'tradeoff={share!r} is not allowed. It must be a number in [0, 1].')
         if self.learn_tradeoff and not self.fast_update:
             raise ValueError('learn_tradeoff=True is not allowed with fast_update=False, nothing would train it.')
         if self.learn_tradeoff and not {0, 1}.isdisjoint(_each(self.tradeoff)):
@@ -89,7 +89,7 @@ class EvolutionConfig:
 
     def _check(self, name: str, is_allowed: bool, allowed: str) -> None:
         if not is_allowed:
-            raise ValueError(f'{name}={getattr(self, name)!r} is not allowed, it must be {allowed}.')
+            raise ValueError(f'{name}={getattr(self, name)!r} is not allowed. It must be {allowed}.')
 
     def _check_selection(self) -> None:
         """Refuse arguments that this selection has not."""

@@ -181,7 +181,7 @@ class WholeGrid:
     def _step_before(self, block: int) -> Step | None:
         """The selection that is open in a block; None where none is."""
         if block < 0:
-            raise ValueError(f'block={block} is not allowed, it must be the number of a block, from 0.')
+            raise ValueError(f'block={block} is not allowed. It must be the number of a block, from 0.')
         stage = max(first for first in self._record.grids if first <= block)  # one for all blocks, but of a LeViT
         return next((step for step in reversed(self._record.steps) if stage <= step.block <= block), None)
 

@@ -278,7 +278,7 @@ def _check_start(start_block: int, depth: int) -> None:
             f'A model of {depth} block cannot be evolved: the first one only gives scores, so it takes at least 2.')
     if not isinstance(start_block, int) or isinstance(start_block, bool) or not 1 <= start_block < depth:
         raise ValueError(
-            f'start_block={start_block!r} is not allowed, it must be in 1..{depth - 1} for a model of {depth} blocks.')
+            f'start_block={start_block!r} is not allowed. It must be in 1..{depth - 1} for a model of {depth} blocks.')
 
 
 def _per_segment(
