@@ -570,7 +570,7 @@ def test_info_counts_the_tokens_of_each_block(capsys):
     cli.main(['info', 'evo_deit_tiny_patch16_224', '--model-kwargs', 'features_only=True', 'img_size=160'])
     assert re.findall(r'^  (\d.*?) +(\d+)$', capsys.readouterr().out, re.MULTILINE) == [
         ('0 to 3', '101'), ('4 to 11', '52')]
-    with pytest.raises(SystemExit, match='deit_tiny_patch16_224 is not evolved, evo_deit_tiny_patch16_224 is'):
+    with pytest.raises(SystemExit, match='deit_tiny_patch16_224 is not an evolved model. Use evo_deit_tiny_patch16_224.'):
         cli.main(['info', 'deit_tiny_patch16_224'])
 
 

@@ -178,7 +178,8 @@ def _parse_args(args: list[str] | None) -> argparse.Namespace:
         help='file with the weights (default: the pretrained ones of the Hub)')
     _add_model_kwargs(visualize, 'arguments of the model and of evolution, such as img_size=384 or keep_ratio=0.7')
     visualize.add_argument(
-        '--keep-ratios', nargs='+', type=float, metavar='RATIO', help='keep ratios of a page (default: 0.3 0.5 0.7 0.9)')
+        '--keep-ratios', nargs='+', type=float, metavar='RATIO',
+        help='keep ratios of a page (default: 0.3 0.5 0.7 0.9)')
     visualize.add_argument(
         '--classes', type=Path, metavar='FILE',
         help="text file with the names of the model's classes, one per line (default: the names of ImageNet's "
@@ -212,7 +213,8 @@ def _parse_args(args: list[str] | None) -> argparse.Namespace:
     wish.add_argument(
         '--agreement', type=float, metavar='SHARE',
         help='wanted share of the images that keep their class, or cosine of the features of a backbone')
-    wish.add_argument('--keep-ratio', type=float, metavar='RATIO', help='wanted cost, as the keep ratio that has this cost')
+    wish.add_argument(
+        '--keep-ratio', type=float, metavar='RATIO', help='wanted cost, as the keep ratio that has this cost')
     tune.add_argument(
         '--batch-size', type=int, default=16, metavar='N', help='number of images in a batch (default: 16)')
     tune.add_argument('--device', default='cpu', help='device on which the model runs (default: cpu)')
