@@ -78,7 +78,7 @@ class EvolutionConfig:
                 raise ValueError(f'tradeoff={share!r} is not allowed. It must be a number in [0, 1].')
         if self.learn_tradeoff and not self.fast_update:
             raise ValueError(
-                'learn_tradeoff=True is not allowed with fast_update=False, because the trade-off would get no gradient.')
+                'learn_tradeoff=True is not allowed with fast_update=False, because it would get no gradient.')
         if self.learn_tradeoff and not {0, 1}.isdisjoint(_each(self.tradeoff)):
             raise ValueError(
                 f'tradeoff={self.tradeoff!r} is not allowed with learn_tradeoff=True. It must be in (0, 1).')

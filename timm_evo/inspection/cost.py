@@ -27,7 +27,7 @@ class _FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func.__name__.startswith('_scaled_dot_product'):  # PyTorch has no formula for some of these, for example on a CPU
+        if func.__name__.startswith('_scaled_dot_product'):  # PyTorch has no formula for some of these, as on a CPU
             query, key, value = args[:3]
             self.flops += 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         elif func.overloadpacket in flop_registry:
