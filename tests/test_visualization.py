@@ -203,7 +203,7 @@ def test_what_is_no_photo_is_refused(image, error, message, tmp_path):
 
 
 def test_a_page_needs_a_keep_ratio(photo, tmp_path):
-    with pytest.raises(ValueError, match='a page needs at least one'):
+    with pytest.raises(ValueError, match='A page needs at least one keep ratio'):
         visualization.write_page(tmp_path / 'page.html', photo, timm.create_model('evo_test_vit'), keep_ratios=[])
 
 
@@ -364,7 +364,8 @@ def test_the_command_takes_the_names_of_classes_from_a_file(photo, tmp_path):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['no.jpg', '--model', 'evo_test_vit', '--output', 'out.bmp'], r'--output out.bmp is not allowed, .* \.html or '),
+    (['no.jpg', '--model', 'evo_test_vit', '--output', 'out.bmp'],
+     r'--output out.bmp is not allowed. .* \.html, \.png, \.pdf or \.svg\.$'),
     (['no.jpg', '--model', 'evo_test_vit', '--output', 'no/out.png'], 'there is no folder no'),
     (['no.jpg', '--model', 'evo_test_vit', '--output', 'out.png'], 'There is no image file no.jpg'),
     (['no.jpg', '--model', 'evo_test_vit', '--keep-ratios', '0.5', '--output', 'out.png'], 'is for a page'),

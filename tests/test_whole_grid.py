@@ -411,8 +411,8 @@ def test_a_value_that_could_be_from_several_blocks_says_which():
         for block, (out, whole) in within.items():
             assert torch.equal(grid.tokens(out, block), whole)
         assert not torch.equal(grid.tokens(within[1][0], 4), within[1][1])
-        with pytest.raises(ValueError, match='block=None is not clear. Give the block that x is from: tokens of each of '
-                                             '3 images: 37 from block 0 on, 20 from block 1 on, 20 from block 4 on'):
+        with pytest.raises(ValueError, match='block=None is not clear. Give the block that x is from: tokens of each '
+                                             'of 3 images: 37 from block 0 on, 20 from block 1 on, 20 from block 4 on'):
             grid.tokens(within[1][0])
         with pytest.raises(ValueError, match='block=-1 is not allowed'):
             grid.tokens(within[1][0], -1)

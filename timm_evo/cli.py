@@ -11,6 +11,7 @@ from typing import Any
 
 PICTURES = ('.png', '.pdf', '.svg')
 PAGE = '.html'
+_PICTURES = f'{", ".join(PICTURES[:-1])} or {PICTURES[-1]}'
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -57,7 +58,7 @@ def _check_can_be_file(option: str, file: Path) -> None:
 def _visualize(args: argparse.Namespace) -> None:
     suffix = args.output.suffix.lower()
     if suffix not in (PAGE, *PICTURES):
-        raise ValueError(f'--output {args.output} is not allowed. It must end with {PAGE} or {", ".join(PICTURES)}.')
+        raise ValueError(f'--output {args.output} is not allowed. It must end with {PAGE}, {_PICTURES}.')
     _check_can_be_file('--output', args.output)
     if args.keep_ratios and suffix != PAGE:
         raise ValueError(
@@ -85,7 +86,7 @@ def _tune(args: argparse.Namespace) -> None:
     if args.save is not None and args.plot is None:
         args.plot = args.save.with_suffix('.png')
     if args.plot is not None and args.plot.suffix.lower() not in PICTURES:
-        raise ValueError(f'--plot {args.plot} is not allowed. It must end with {", ".join(PICTURES)}.')
+        raise ValueError(f'--plot {args.plot} is not allowed. It must end with {_PICTURES}.')
     for option, file in (('--save', args.save), ('--plot', args.plot)):
         if file is not None:
             _check_can_be_file(option, file)
@@ -186,7 +187,7 @@ def _parse_args(args: list[str] | None) -> argparse.Namespace:
              'classes, if the model has as many classes)')
     visualize.add_argument(
         '--output', required=True, type=Path, metavar='FILE',
-        help=f'file to write: {PAGE} for a page, {", ".join(PICTURES)} for a picture')
+        help=f'file to write: {PAGE} for a page, or {_PICTURES} for a picture')
 
     tune = commands.add_parser(
         'tune',

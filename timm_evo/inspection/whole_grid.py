@@ -164,8 +164,8 @@ class WholeGrid:
         """The selection of the blocks that values are from; None for a whole sequence."""
         if not isinstance(x, Tensor):
             raise TypeError(
-                f'x must be a tensor, not a {type(x).__name__}. Of the tuple that a block of LeViT returns, take the first '
-                'element.')
+                f'x must be a tensor, not a {type(x).__name__}. Of the tuple that a block of LeViT returns, take the '
+                'first element.')
         record = self._record
         if not record.grids:
             raise RuntimeError(
