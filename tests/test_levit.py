@@ -495,7 +495,7 @@ def test_a_subclass_keeps_its_own_parts():
 
 def test_what_is_learned_is_not_set():
     model = create('evo_levit_cls_128s')
-    with pytest.raises(ValueError, match=r'tradeoff=0.2 cannot be set, because it is learned'):
+    with pytest.raises(ValueError, match=r'tradeoff=0.2 cannot be set, because learn_tradeoff=True'):
         model.set_evolution(tradeoff=0.2)
     weights = dict(model.named_parameters())
     model.set_evolution(keep_ratio=0.7)

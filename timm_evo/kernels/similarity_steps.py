@@ -188,7 +188,7 @@ def averages_of(
         lengths += weight * tl.sqrt(tl.sum(values * values, 1))
     mean = summed / total[:, None]
     kept = tl.sqrt(tl.sum(mean * mean, 1)) / tl.maximum(lengths / total, 1e-12)
-    kept = tl.maximum(kept, 0.01)  # a limit for opposite tokens, whose mean is near zero
+    kept = tl.maximum(kept, 0.01)  # limit for opposite tokens, whose mean is small
     is_average = num_members > 0
     values = tl.where(is_average[:, None], mean / kept[:, None], own)
     size_now = tl.where(is_average, total * kept, own_size)

@@ -157,11 +157,11 @@ def average_tokens(
     size_into = size.gather(1, into)
     weight = (into.unsqueeze(2) == into.unsqueeze(1)) * size.gather(1, goes).unsqueeze(1)
     total = size_into + weight.sum(dim=2)
-    weight, own = weight / total.unsqueeze(2), size_into / total  # shares of the size, because sums overflow in half precision
+    weight, own = weight / total.unsqueeze(2), size_into / total  # shares, because sums overflow in half precision
     mean = x_into * own.to(x.dtype).unsqueeze(2) + weight.to(x.dtype).bmm(x_gone)
     mean_length = length_into * own + (weight * length_gone.unsqueeze(1)).sum(dim=2)
     length = _lengths(mean, wide)
-    kept = (length / mean_length.clamp(min=1e-12)).clamp(min=0.01)  # a limit for opposite tokens, whose mean is near zero
+    kept = (length / mean_length.clamp(min=1e-12)).clamp(min=0.01)  # limit for opposite tokens, whose mean is small
     mean = mean * kept.reciprocal().to(x.dtype).unsqueeze(2)
 
     # the averages are appended to the tokens, and then gathered at the positions of their targets
