@@ -15,14 +15,14 @@ NAMES = [field.name for field in dataclasses.fields(EvolutionConfig)]
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(keep_ratio=0), r'keep_ratio=0 is not allowed, it must be a number in \(0, 1\]'),
+    (dict(keep_ratio=0), r'keep_ratio=0 is not allowed. It must be a number in \(0, 1\]'),
     (dict(keep_ratio=[0.5, 1.5]), 'keep_ratio=1.5 is not allowed'),
     (dict(keep_ratio=float('nan')), 'keep_ratio=nan is not allowed'),
     (dict(keep_ratio=None), 'keep_ratio=None is not allowed'),
-    (dict(tradeoff=-0.1), r'tradeoff=-0.1 is not allowed, it must be a number in \[0, 1\]'),
-    (dict(stage_depth=0), 'stage_depth=0 is not allowed, it must be a whole number of at least 1'),
-    (dict(learn_tradeoff='false'), "learn_tradeoff='false' is not allowed, it must be True or False"),
-    (dict(learn_tradeoff=True, tradeoff=1.0), r'tradeoff=1.0 is not allowed with learn_tradeoff=True, .* \(0, 1\)'),
+    (dict(tradeoff=-0.1), r'tradeoff=-0.1 is not allowed. It must be a number in \[0, 1\]'),
+    (dict(stage_depth=0), 'stage_depth=0 is not allowed. It must be a whole number of at least 1'),
+    (dict(learn_tradeoff='false'), "learn_tradeoff='false' is not allowed. It must be True or False"),
+    (dict(learn_tradeoff=True, tradeoff=1.0), r'tradeoff=1.0 is not allowed with learn_tradeoff=True. .* \(0, 1\)'),
     (dict(layerwise_updates=-1), 'layerwise_updates=-1 is not allowed'),
     (dict(selection='layer', layerwise_updates=1), "layerwise_updates=1 is not allowed with selection='layer'"),
     (dict(selection='similarity', tradeoff=0.5), "tradeoff=0.5 is not allowed with selection='similarity'"),

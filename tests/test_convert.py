@@ -201,7 +201,7 @@ def test_another_architecture(model, expected, deit, tmp_path):
     ('global_pool=foo', "global_pool='foo'. AssertionError: .*avg.*map"),
     ('drop_rate=[0.5', r"drop_rate='\[0.5'. TypeError"),
     ('drop_rate=a=b', "drop_rate='a=b'. TypeError"),
-    ('keep_ratio=2', 'keep_ratio=2. ValueError: keep_ratio=2 is not allowed, it must be a number in'),
+    ('keep_ratio=2', 'keep_ratio=2. ValueError: keep_ratio=2 is not allowed. It must be a number in'),
     ('depth=None', 'wrong shape: '),  # as if it were not there
 ])
 def test_an_argument_that_the_model_does_not_take(argument, expected, deit, tmp_path):

@@ -681,7 +681,7 @@ def test_a_scripted_or_exported_model_stays_in_its_phase(name, updates, expected
 
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('arguments, message', [
-    (dict(layerwise_updates=-1), 'layerwise_updates=-1 is not allowed, it must be a number of optimizer updates'),
+    (dict(layerwise_updates=-1), 'layerwise_updates=-1 is not allowed. It must be a number of optimizer updates'),
     (dict(layerwise_updates=2.5), 'layerwise_updates=2.5 is not allowed'),
     (dict(layerwise_updates=True), 'layerwise_updates=True is not allowed'),
     (dict(layerwise_updates=9, selection='layer'), "layerwise_updates=9 is not allowed with selection='layer'"),

@@ -495,7 +495,7 @@ def test_a_subclass_keeps_its_own_parts():
 
 def test_what_is_learned_is_not_set():
     model = create('evo_levit_cls_128s')
-    with pytest.raises(ValueError, match=r'tradeoff=0.2 cannot be set, because it is learned'):
+    with pytest.raises(ValueError, match=r'tradeoff=0.2 cannot be set, because learn_tradeoff=True'):
         model.set_evolution(tradeoff=0.2)
     weights = dict(model.named_parameters())
     model.set_evolution(keep_ratio=0.7)
@@ -555,12 +555,12 @@ def forget_biases(model: nn.Module) -> None:
 
 @pytest.mark.parametrize('arguments, message', [
     (dict(keep_ratio=0.0), r'keep_ratio=0.0 .* \(0, 1\]'),
-    (dict(keep_ratio=[0.5]), r'keep_ratio=\[0.5\] has 1 values, .* one per segment, 2'),
+    (dict(keep_ratio=[0.5]), r'keep_ratio=\[0.5\] has 1 values. .* one per segment: 2'),
     (dict(keep_ratio=0.05), r'keep_ratio=0.05 of 16 patch tokens leaves none'),
     (dict(start_block=9), r'start_block=9 .* 1..8 for a model of 9 blocks'),
     (dict(selection='token'), r"selection='token' .* 'stage' or 'layer'"),
     (dict(tradeoff=2), r'tradeoff=2 .* \[0, 1\]'),
-    (dict(tradeoff=[0.5] * 9), r'tradeoff=.* has 9 values, .* one per attention, 11'),
+    (dict(tradeoff=[0.5] * 9), r'tradeoff=.* has 9 values. .* one per attention: 11'),
     (dict(learn_tradeoff=True, tradeoff=1.0), r'tradeoff=1.0 .* \(0, 1\)'),
     (dict(learn_tradeoff=True, fast_update=False), r'learn_tradeoff=True .* fast_update=False'),
     (dict(class_head=True), r'class_head=True .* class_token=True'),

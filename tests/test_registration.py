@@ -247,7 +247,7 @@ print('keep_ratio' in getattr(model, '_model_args', {{}}))
 FAILURES = {
     'timm out of range': (
         {'timm/__init__.py': '__version__ = "0.9.12"\nfrom . import models\n', 'timm/models/__init__.py': ''},
-        r'ImportError: timm-evo needs timm>=[\d.]+, found timm 0\.9\.12',
+        r'ImportError: timm-evo needs timm>=[\d.]+, but timm 0\.9\.12 is installed',
     ),
     'no wrapt': (
         {'wrapt.py': 'raise ModuleNotFoundError("No module named \'wrapt\'")\n'},

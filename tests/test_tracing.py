@@ -132,7 +132,7 @@ def test_hybrids_and_image_sizes_have_their_own_grids():
 
 
 def test_a_dense_model_has_nothing_to_trace():
-    with pytest.raises(TypeError, match='VisionTransformer cannot be traced, it is not evolved'):
+    with pytest.raises(TypeError, match='VisionTransformer cannot be traced, because it is not evolved'):
         timm_evo.trace(timm.create_model('test_vit'), torch.randn(1, 3, 160, 160))
     model = timm.create_model('evo_test_vit', keep_ratio=1.0)
     assert timm_evo.trace(model, torch.randn(1, 3, 160, 160)) == []

@@ -151,7 +151,7 @@ def test_other_weights_or_images_are_measured_anew(images, tmp_path, no_timing):
     assert timm_evo.tune(other, images, keep_ratio=0.5, save=file).rows[-1].loss != first.rows[-1].loss
 
 
-def test_it_goes_on_where_it_was_interrupted(images, tmp_path, no_timing, monkeypatch):
+def test_it_continues_where_it_was_interrupted(images, tmp_path, no_timing, monkeypatch):
     file = tmp_path / 'tuned.json'
     compare, calls = Reference.compare, []
 
@@ -187,12 +187,12 @@ def test_where_nothing_meets_the_wish_there_are_no_settings(images, tmp_path, no
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (dict(speedup=1), r'speedup=1 is not allowed, it must be a number above 1'),
+    (dict(speedup=1), r'speedup=1 is not allowed. It must be a number above 1'),
     (dict(agreement=1.), r'agreement=1.0 is not allowed'),
     (dict(keep_ratio='half'), r"keep_ratio='half' is not allowed"),
     (dict(speedup=2, agreement=0.9), 'speedup and agreement are not allowed together'),
     (dict(batch_size=0), 'batch_size=0 is not allowed'),
-    (dict(save='tuned.txt'), "save='tuned.txt' is not allowed, it must end with .json"),
+    (dict(save='tuned.txt'), "save='tuned.txt' is not allowed. It must end with .json"),
     (dict(labels=torch.zeros(3)), r'labels of shape \(3,\) are not allowed for 40 images'),
 ])
 def test_what_is_not_allowed_is_refused_before_anything_is_measured(arguments, message, images, monkeypatch):
@@ -311,9 +311,9 @@ def test_the_command_names_a_folder_without_images(tmp_path):
 def test_the_command_names_what_is_not_there_before_any_work(tmp_path):
     with pytest.raises(SystemExit, match='timm-evo: --device mars is not available. RuntimeError: '):
         cli.main(['tune', 'no_model', '--images', str(tmp_path), '--device', 'mars'])
-    with pytest.raises(SystemExit, match='timm-evo: --plot a.txt is not allowed, it must end with .png'):
+    with pytest.raises(SystemExit, match='timm-evo: --plot a.txt is not allowed. It must end with .png'):
         cli.main(['tune', 'no_model', '--images', str(tmp_path), '--plot', 'a.txt'])
-    with pytest.raises(SystemExit, match='timm-evo: --plot .*b.png: there is no folder .*nowhere'):
+    with pytest.raises(SystemExit, match='timm-evo: --plot .*b.png cannot be written: there is no folder .*nowhere'):
         cli.main(['tune', 'no_model', '--images', str(tmp_path), '--plot', str(tmp_path / 'nowhere' / 'b.png')])
     with pytest.raises(SystemExit, match='timm-evo: --save .*c.json is a folder'):
         (tmp_path / 'c.json').mkdir()
@@ -326,7 +326,7 @@ def test_an_interrupted_command_says_how_it_continues(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
     monkeypatch.setattr('timm_evo.tuning.tune.tune', interrupt)
-    with pytest.raises(SystemExit, match='interrupted, the same command continues'):
+    with pytest.raises(SystemExit, match='timm-evo was interrupted. The same command continues.'):
         cli.main([
             'tune', 'test_vit2', '--images', str(tmp_path), '--checkpoint', str(tiny(tmp_path)), '--save',
             str(tmp_path / 'a.json')])

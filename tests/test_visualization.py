@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
+from timm.models._hub import save_for_hf
 
 import timm_evo
 from timm_evo import checkpoints, cli
@@ -185,11 +186,11 @@ def test_a_tensor_fits_the_patches_of_a_model_that_takes_many_sizes():
 
 
 @pytest.mark.parametrize('image, error, message', [
-    (np.zeros((48, 48, 3), np.float32), ValueError, r'array \(48, 48, 3\) of float32, it must be a photo'),
-    (np.zeros((3, 48, 48), np.uint8), ValueError, r'array \(3, 48, 48\) of uint8, it must be a photo'),
+    (np.zeros((48, 48, 3), np.float32), ValueError, r'array \(48, 48, 3\) of float32. It must be a photo'),
+    (np.zeros((3, 48, 48), np.uint8), ValueError, r'array \(3, 48, 48\) of uint8. It must be a photo'),
     (np.zeros((1, 48, 48, 3), np.uint8), ValueError, r'array \(1, 48, 48, 3\) of uint8'),
     (np.zeros((0, 48, 3), np.uint8), ValueError, r'array \(0, 48, 3\) of uint8'),
-    ([[1, 2]], TypeError, 'image cannot be a list, it must be a photo'),
+    ([[1, 2]], TypeError, 'image cannot be a list. It must be a photo'),
     (None, TypeError, 'image cannot be a NoneType'),
     ('no.jpg', FileNotFoundError, 'no image file no.jpg'),
     (Path('.'), FileNotFoundError, 'no image file .'),
@@ -202,7 +203,7 @@ def test_what_is_no_photo_is_refused(image, error, message, tmp_path):
 
 
 def test_a_page_needs_a_keep_ratio(photo, tmp_path):
-    with pytest.raises(ValueError, match='a page needs at least one'):
+    with pytest.raises(ValueError, match='A page needs at least one keep ratio'):
         visualization.write_page(tmp_path / 'page.html', photo, timm.create_model('evo_test_vit'), keep_ratios=[])
 
 
@@ -233,7 +234,7 @@ def test_by_similarity_each_group_has_its_mean_colour_and_none_is_dark(photo, dr
             assert inside.sum() == 64 or picture[inside].std(dim=0).max() < 1e-5
 
 
-@pytest.mark.parametrize('fast_update, others', [(True, 'move with a token that'), (False, 'stay as they are')])
+@pytest.mark.parametrize('fast_update, others', [(True, 'are updated by a'), (False, 'stay as they are')])
 def test_as_published_the_patches_that_skip_the_blocks_are_dark(fast_update, others, photo, drawn):
     model = create(selection='stage', fast_update=fast_update)
     figure = timm_evo.visualize(photo, model)
@@ -294,7 +295,7 @@ def test_no_prediction_is_written_where_nobody_knows_the_names(kwargs, photo, tm
     assert len(timm_evo.visualize(photo, model).get_suptitle().splitlines()) == 1
     visualization.write_page(tmp_path / 'page.html', photo, model)
     assert read_page(tmp_path / 'page.html')['prediction'] is None
-    with pytest.raises(ValueError, match=r'classes has 2 names, EvoVisionTransformer has outputs \(1, .* one name for'):
+    with pytest.raises(ValueError, match=r'classes has 2 names, but .* has the shape \(1, .* one name for'):
         timm_evo.visualize(photo, model, classes=['a', 'b'])
 
 
@@ -321,6 +322,32 @@ def test_the_command_draws(output, photo, checkpoint, tmp_path, capsys):
         assert Image.open(tmp_path / output).width > 500
 
 
+def test_the_command_evolves_a_dense_model_with_the_arguments_given(photo, tmp_path):
+    photo.save(tmp_path / 'photo.jpg')
+    torch.save(timm.create_model('vit_tiny_patch16_224', **SMALL).state_dict(), tmp_path / 'model.pth')
+    arguments = [
+        'visualize', tmp_path / 'photo.jpg', '--model', 'vit_tiny_patch16_224', '--checkpoint', tmp_path / 'model.pth',
+        '--output', tmp_path / 'out.html', '--model-kwargs', *KWARGS, 'selection=stage', 'stage_depth=1']
+    cli.main([str(argument) for argument in arguments])
+    page = read_page(tmp_path / 'out.html')
+    assert page['selection'] == 'stage' and len(page['runs'][0]['selections']) == 4
+    assert re.search('keep_ratio=2 is not allowed', message(*arguments, 'keep_ratio=2'))
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'evo_vit_tiny_patch16_224', 'deit_tiny_patch16_224.fb_in1k'])
+def test_arguments_of_evolution_are_those_of_any_name(name):
+    model = building.build(name, SMALL | dict(keep_ratio=0.7, class_token=False, global_pool='avg'))
+    assert isinstance(model, timm_evo.EvoVisionTransformer) and model.evolution['keep_ratio'] == 0.7
+    assert model.cls_token is None  # the argument of timm's ViT, not that of an evolved LeViT
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'evo_vit_tiny_patch16_224'])
+def test_arguments_of_evolution_are_those_of_a_folder(name, tmp_path):
+    save_for_hf(timm.create_model(name, **SMALL), tmp_path, model_args=SMALL)
+    model = building.build(f'local-dir:{tmp_path}', dict(keep_ratio=0.7), pretrained=True)
+    assert isinstance(model, timm_evo.EvoVisionTransformer) and model.evolution['keep_ratio'] == 0.7
+
+
 def test_the_command_takes_the_names_of_classes_from_a_file(photo, tmp_path):
     photo.save(tmp_path / 'photo.jpg')
     torch.save(create(num_classes=2).state_dict(), tmp_path / 'model.pth')
@@ -337,7 +364,8 @@ def test_the_command_takes_the_names_of_classes_from_a_file(photo, tmp_path):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['no.jpg', '--model', 'evo_test_vit', '--output', 'out.bmp'], r'--output out.bmp is not allowed, .* \.html or '),
+    (['no.jpg', '--model', 'evo_test_vit', '--output', 'out.bmp'],
+     r'--output out.bmp is not allowed. .* \.html, \.png, \.pdf or \.svg\.$'),
     (['no.jpg', '--model', 'evo_test_vit', '--output', 'no/out.png'], 'there is no folder no'),
     (['no.jpg', '--model', 'evo_test_vit', '--output', 'out.png'], 'There is no image file no.jpg'),
     (['no.jpg', '--model', 'evo_test_vit', '--keep-ratios', '0.5', '--output', 'out.png'], 'is for a page'),
@@ -543,7 +571,7 @@ def test_info_counts_the_tokens_of_each_block(capsys):
     cli.main(['info', 'evo_deit_tiny_patch16_224', '--model-kwargs', 'features_only=True', 'img_size=160'])
     assert re.findall(r'^  (\d.*?) +(\d+)$', capsys.readouterr().out, re.MULTILINE) == [
         ('0 to 3', '101'), ('4 to 11', '52')]
-    with pytest.raises(SystemExit, match='deit_tiny_patch16_224 is not evolved, evo_deit_tiny_patch16_224 is'):
+    with pytest.raises(SystemExit, match='deit_tiny_patch16_224 is not an evolved model. Use evo_deit_tiny_patch'):
         cli.main(['info', 'deit_tiny_patch16_224'])
 
 

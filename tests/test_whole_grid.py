@@ -411,8 +411,8 @@ def test_a_value_that_could_be_from_several_blocks_says_which():
         for block, (out, whole) in within.items():
             assert torch.equal(grid.tokens(out, block), whole)
         assert not torch.equal(grid.tokens(within[1][0], 4), within[1][1])
-        with pytest.raises(ValueError, match='block=None is not clear, say which block x is from: tokens of each of 3 '
-                                             'images: 37 from block 0 on, 20 from block 1 on, 20 from block 4 on'):
+        with pytest.raises(ValueError, match='block=None is not clear. Give the block that x is from: tokens of each '
+                                             'of 3 images: 37 from block 0 on, 20 from block 1 on, 20 from block 4 on'):
             grid.tokens(within[1][0])
         with pytest.raises(ValueError, match='block=-1 is not allowed'):
             grid.tokens(within[1][0], -1)
@@ -433,20 +433,20 @@ def test_a_selection_may_have_as_many_tokens_as_the_whole_sequence():
 def test_values_from_elsewhere_are_refused():
     model, x = build_any('similarity')
     with timm_evo.whole_grid(model) as grid:
-        with pytest.raises(RuntimeError, match='no forward pass to go by'):
+        with pytest.raises(RuntimeError, match='no forward pass to read'):
             grid.tokens(torch.zeros(3, 20, 24))
         model(x)
         with pytest.raises(ValueError, match=r'x of shape \(3, 11, 24\) is not from the last forward pass: tokens of'):
             grid.tokens(torch.zeros(3, 11, 24))
-        with pytest.raises(ValueError, match=r'x of shape \(3, 37, 24\) is not from block 5 or those behind it'):
+        with pytest.raises(ValueError, match=r'x of shape \(3, 37, 24\) is not from block 5 or later ones'):
             grid.gradients(torch.zeros(3, 37, 24), 6)
-        with pytest.raises(ValueError, match=r'attention maps are of shape \(B, H, L, L\)'):
+        with pytest.raises(ValueError, match=r'Attention maps must be of shape \(B, H, L, L\)'):
             grid.attention(torch.zeros(3, 37, 37))
-        with pytest.raises(TypeError, match='x is a tuple, not a tensor'):
+        with pytest.raises(TypeError, match='x must be a tensor, not a tuple'):
             grid.tokens((torch.zeros(3, 37, 24), None))
-    with pytest.raises(RuntimeError, match='no forward pass to go by'):  # a later one would not be followed
+    with pytest.raises(RuntimeError, match='no forward pass to read'):  # a later one would not be recorded
         grid.tokens(torch.zeros(3, 37, 24))
-    with pytest.raises(TypeError, match='VisionTransformer has a whole grid everywhere, it is not evolved'):
+    with pytest.raises(TypeError, match='VisionTransformer is not evolved, so hooks already get the whole grid'):
         with timm_evo.whole_grid(timm.create_model('test_vit')):
             pass
 

@@ -1,15 +1,15 @@
 """ timm-evo: token evolution for timm's vision transformers
 
-Importing this package costs next to nothing: it asks to be called back when `timm.models` has been imported, and
-registers the `evo_*` models then. PyTorch imports it at the end of `import torch` (entry point group `torch.backends`),
-so the models are there wherever timm is. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` turns that off; `import timm_evo` still
-registers them.
+The import of this package is fast. It sets a hook that runs after the import of `timm.models`, and the hook registers
+the `evo_*` models. PyTorch imports the package at the end of `import torch` (entry point group `torch.backends`), so
+the models exist wherever timm is imported. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` turns this off. `import timm_evo` then
+registers the models.
 """
 import importlib as _importlib  # with an underscore, so that completion leaves it out
 import warnings as _warnings
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
+if TYPE_CHECKING:  # the names of `__getattr__`, for editors and type checkers
     from . import checkpoints, hub
     from .api import evolve, evolved, restore
     from .config import EvolutionConfig
@@ -29,7 +29,7 @@ __all__ = [
     'Tuned', 'WholeGrid',
     'checkpoints', 'count_gmacs', 'evolve', 'evolved', 'hub', 'restore', 'trace', 'tune', 'visualize',
     'whole_grid']
-_MODULES = {  # of the public names; the others are modules themselves
+_MODULES = {  # module of each public name; the other public names are modules themselves
     'EvoEva': 'models.eva',
     'EvoLevit': 'models.levit',
     'EvoVisionTransformer': 'models.vision_transformer',
@@ -50,12 +50,12 @@ _MODULES = {  # of the public names; the others are modules themselves
 
 
 def autoload() -> None:
-    """Entry point that PyTorch calls at the end of `import torch`; importing the package for it was all there is."""
+    """Do nothing. PyTorch calls this entry point at the end of `import torch`; the import of the package is enough."""
 
 
 def _warn(error: Exception) -> None:
     _warnings.warn(
-        f'timm-evo {__version__} could not register its models, timm works without them. '
+        f'timm-evo {__version__} could not register its models. timm works without them. '
         f'{type(error).__name__}: {error}',
         RuntimeWarning,
         stacklevel=2,
@@ -65,21 +65,21 @@ def _warn(error: Exception) -> None:
 def _register_models(timm_models) -> None:
     try:
         from .models import registry  # noqa: F401
-    except Exception as error:  # whatever it is, `import timm` must not suffer
+    except Exception as error:  # any error, because `import timm` must not fail
         _warn(error)
 
 
 def _register_with_timm() -> None:
     try:
         from wrapt import register_post_import_hook
-    except Exception as error:  # nor must `import torch`
+    except Exception as error:  # because `import torch` must not fail
         _warn(error)
     else:
         register_post_import_hook(_register_models, 'timm.models')
 
 
 def __getattr__(name: str):
-    # public names on demand, because they need torch and timm
+    # public names are imported on demand, because they need torch and timm
     if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     import timm  # noqa: F401  # before a part of it, whose lock a thread that imports timm may wait for

@@ -1,4 +1,4 @@
-""" Token evolution for models that are there already """
+""" Token evolution for existing models """
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,15 +19,15 @@ def evolve(model: nn.Module, **arguments: Any) -> EvolvedModel:
     """Give token evolution to a dense timm model, in place.
 
     Args:
-        model: A `VisionTransformer`, an `Eva` or a `Levit`, or of a subclass that leaves its forward pass as it is.
-        **arguments: Those of `EvolutionConfig`.
+        model: A `VisionTransformer`, an `Eva`, a `Levit`, or a model of a subclass with the same forward pass.
+        **arguments: Arguments of `EvolutionConfig`.
 
     Returns:
         The same object. Its class is the evolved one; weights, device and mode are unchanged.
 
     Raises:
-        TypeError: The model is of another class, or has blocks that cannot be evolved; or an argument is not known.
-        ValueError: An argument is outside what is allowed.
+        TypeError: The model is of another class, it has blocks that cannot be evolved, or an argument is not known.
+        ValueError: The value of an argument is not allowed.
     """
     evolved_cls = evolved_class(model)
     check_arguments(evolved_cls, arguments)
@@ -35,26 +35,26 @@ def evolve(model: nn.Module, **arguments: Any) -> EvolvedModel:
 
 
 def restore(model: EvolvedModel) -> nn.Module:
-    """Take token evolution away again, in place: the dense model with the weights as they are now.
+    """Remove token evolution from a model, in place. The dense model has the current weights.
 
     Args:
         model: A model of `evolve` or `timm.create_model('evo_*')`.
 
     Returns:
-        The same object, its class changed to timm's. Without a class head and learned trade-offs, if it had some.
+        The same object, now of timm's class. A class head and learned trade-offs are removed.
 
     Raises:
-        TypeError: The model is not evolved, or wraps one that is.
-        ValueError: It has a class token in the place of LeViT's biases, so there is no dense model of it.
+        TypeError: The model is not evolved, or wraps an evolved model.
+        ValueError: The model is a LeViT with a class token instead of biases. timm has no dense model of this kind.
     """
     if not isinstance(model, EvolvedModel):
         path, _ = find_evolved(model)
         raise TypeError(f'{type(model).__name__} is not evolved.' + (
-            f' Its submodule `.{path}` is: restore that one.' if path else ''))
+            f' Its submodule `.{path}` is evolved. Restore that one.' if path else ''))
     model._check_restorable()
     dense_architecture, evolution_args = model.dense_architecture, model.ARGUMENTS
     model._take_evolution_away(model._added)
-    if is_model(dense_architecture) and dense_architecture != architecture(model):  # what timm saves is dense, too
+    if is_model(dense_architecture) and dense_architecture != architecture(model):  # timm saves these
         model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | {'architecture': dense_architecture}
         if hasattr(model, '_model_args'):
             model._model_args = {k: v for k, v in model._model_args.items() if k not in evolution_args}
@@ -64,20 +64,21 @@ def restore(model: EvolvedModel) -> nn.Module:
 @takes_evolution_arguments
 @contextmanager
 def evolved(model: nn.Module, **arguments: Any) -> Iterator[EvolvedModel]:
-    """Evolve a model within a `with`: `with timm_evo.evolved(model, keep_ratio=0.7):`.
+    """Evolve a model inside a `with`: `with timm_evo.evolved(model, keep_ratio=0.7):`.
 
-    An evolved model has other arguments within it. Afterwards, also after an error, the model is what it was before.
+    If the model is evolved already, its arguments are changed inside the `with`. Afterwards, also after an error, the
+    model is as before.
 
     Args:
         model: A dense model as `evolve` takes it, or an evolved one.
-        **arguments: Those of `EvolutionConfig` as `evolve` takes them, or `set_evolution` of an evolved model.
+        **arguments: Arguments of `EvolutionConfig`: those of `evolve`, or for an evolved model of `set_evolution`.
 
     Yields:
         The same object.
 
     Raises:
-        TypeError: As `evolve` or `set_evolution`.
-        ValueError: Likewise.
+        TypeError: As in `evolve` or `set_evolution`.
+        ValueError: As in `evolve` or `set_evolution`.
     """
     if not isinstance(model, EvolvedModel):
         model = evolve(model, **arguments)

@@ -22,9 +22,10 @@ from .models import levit, vision_transformer
 from .models.base import architecture
 from .models.registry import is_evolved
 
-# Classes of what training scripts store beside the weights. Others are refused, except tensors and plain containers.
+# Classes of objects that training scripts store beside the weights. Apart from tensors and plain containers, others are
+# refused.
 _HARMLESS_CLASSES = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]
-# settings with which the models compute the same as the authors' at inference
+# with these settings, the models compute the same as the authors' models at inference
 _SETTINGS: dict[str, dict[str, Any]] = {
     'DeiT': dict(keep_ratio=0.5, selection='stage', global_pool='avg', fast_update=False),
     'LeViT': dict(keep_ratio=0.5, selection='stage', class_token=True, learn_tradeoff=True),
@@ -64,9 +65,9 @@ def from_official(
 ) -> dict[str, Tensor]:
     """Rename the state dict of an official Evo-ViT for the models here.
 
-    A DeiT needs a model with `global_pool='avg'`, and with `fast_update=False` to compute the same. A LeViT needs
-    `class_token=True`, as in the models `evo_levit_cls_*`. The authors train with heads on the class token and do not
-    use these at inference.
+    A DeiT needs a model with `global_pool='avg'`, and also `fast_update=False` to compute the same. A LeViT needs
+    `class_token=True`, as in the models `evo_levit_cls_*`. The authors train with heads on the class token, but do not
+    use these heads at inference.
 
     Args:
         state_dict: The official model's state dict.
@@ -91,7 +92,7 @@ def read_official(file: str | Path, use_ema: bool = False) -> dict[str, Tensor]:
     Args:
         file: A file of `torch.save` with a state dict, or with a dictionary that has it under 'model' or 'model_ema',
             as the authors' scripts write it; or a safetensors file.
-        use_ema: Read the averaged weights ('model_ema'). If there are no others, they are read in any case.
+        use_ema: Read the averaged weights ('model_ema'). If the file has no others, they are read in any case.
 
     Returns:
         State dict with the names of the file.
@@ -104,10 +105,10 @@ def read_official(file: str | Path, use_ema: bool = False) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, file: str | Path) -> None:
-    """Load a checkpoint file of timm without running any code from it; as in timm, averaged weights are preferred.
+    """Load a checkpoint file of timm without running any code from it. As in timm, averaged weights are preferred.
 
     Args:
-        model: The model to load it into.
+        model: The model that gets the weights.
         file: A file of `torch.save` with a state dict, or with a dictionary that has one, as timm's scripts write it;
             or a safetensors file.
 
@@ -134,7 +135,7 @@ def load_official(
     """Build the model for an official checkpoint, with the settings that it needs, and load the weights.
 
     Args:
-        file: The checkpoint, see `read_official`.
+        file: The checkpoint file, see `read_official`.
         model_name: An `evo_deit_*` or `evo_levit_cls_*` model of the same size.
         use_ema: Take the averaged weights.
         **model_kwargs: Arguments of the model that differ from the settings of the authors' models.
@@ -145,8 +146,8 @@ def load_official(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read; there is no such model; it does not take the arguments; or the weights do
-            not fit it. The message lists the misfits, or what is allowed.
+        ValueError: The file cannot be read, there is no such model, the model does not take the arguments, or the
+            weights do not fit it. The message lists the misfits, or what is allowed.
     """
     return build_official(read_official(file, use_ema=use_ema), model_name, model_kwargs)
 
@@ -183,7 +184,7 @@ def build_official(
 
 
 def _read(file: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
-    """The state dict of a file: under the first of these keys that it has, or all of it. No code in it is run."""
+    """The state dict of a file, which is under the first of these keys or is the whole file. No code in it is run."""
     if not file.is_file():
         raise FileNotFoundError(f'There is no checkpoint {file}.')
     try:
@@ -195,8 +196,8 @@ def _read(file: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         found = re.search(r'GLOBAL \S+', str(error))
         raise ValueError(
-            f'{file} was refused and no code in it was run: it is not a checkpoint, or has other objects than weights'
-            f'{f" ({found[0]})" if found else ""}.') from error
+            f'{file} was refused and no code in it was run: it is not a checkpoint, or it has other objects than '
+            f'weights{f" ({found[0]})" if found else ""}.') from error
     except Exception as error:  # a damaged file can cause any error
         raise ValueError(
             f'{file} cannot be read as a checkpoint: it is damaged or another kind of file ({reason(error, 120)}).'
@@ -251,7 +252,7 @@ def _from_official_deit(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_official_levit(state_dict: dict[str, Tensor], learn_tradeoff: bool) -> dict[str, Tensor]:
-    # One sequence has the blocks of all stages and, between stages, a downsampling attention and its MLP.
+    # the authors' `blocks` are the blocks of all stages and, between stages, a downsampling attention and its MLP
     places = {}
     stage = block = 0
     for i in sorted({int(match[1]) for match in map(_LEVIT_BLOCK.match, state_dict) if match}):
@@ -266,7 +267,7 @@ def _from_official_levit(state_dict: dict[str, Tensor], learn_tradeoff: bool) ->
 
     out_dict = {}
     for name, value in state_dict.items():
-        # everything in `stage_blocks` is in `blocks`, too
+        # `stage_blocks` repeats entries of `blocks`
         if name.startswith('stage_blocks.') or name.endswith('learn_tradeoff') and not learn_tradeoff:
             continue
         name = _LEVIT_BLOCK.sub(lambda match: f'{places[int(match[1])]}.', name)

@@ -1,6 +1,6 @@
-""" Evolved models as folders and repositories of the Hugging Face Hub
+""" Evolved models as folders and as repositories of the Hugging Face Hub
 
-timm writes and reads them. This module adds a model card with the settings of the evolution, and never leaves an
+timm writes and reads these. This module adds a model card with the settings of the evolution, and it never leaves an
 incomplete model in a folder.
 """
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import timm  # noqa: F401  # before its parts: a thread that imports timm may wait for the lock of one
+import timm  # noqa: F401  # before a part of it: a thread that imports timm may wait for the lock of a part
 from timm.models._hub import generate_readme, push_to_hf_hub, save_for_hf
 from torch import nn
 
@@ -20,7 +20,7 @@ from .models.registry import is_evolved
 
 __all__ = ['model_card', 'push', 'save']
 
-_FILES = ('model.safetensors', 'README.md', 'config.json')  # timm loads no folder without the last one
+_FILES = ('model.safetensors', 'README.md', 'config.json')  # timm loads only folders with the last of them
 _CITATION = """@inproceedings{xu2022evo,
   title     = {Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer},
   author    = {Xu, Yifan and Zhang, Zhijie and Zhang, Mengdan and Sheng, Kekai and Li, Ke and Dong, Weiming and Zhang, Liqing and Xu, Changsheng and Sun, Xing},
@@ -41,7 +41,7 @@ def model_card(model: nn.Module, name: str) -> dict[str, Any]:
 
     Raises:
         TypeError: The model is dense, or wraps an evolved one.
-        ValueError: The model was created dense, so that timm would load it as dense; or timm has not created it.
+        ValueError: The model was created dense, so that timm would load it as dense. Or timm has not created it.
     """
     model = _check_created_evolved(model)
     begins, keep_ratio, _, tradeoff = model.schedule
@@ -97,14 +97,14 @@ def save(
             Hidden files in it are kept.
         model_args: Arguments with which the model was created, without those of evolution. Only an older timm needs
             them; a newer one stores them in the model.
-        force: Replace the model in the folder.
+        force: Whether a model in the folder may be replaced.
 
     Returns:
         The folder.
 
     Raises:
         TypeError: The model is dense, or wraps an evolved one.
-        ValueError: The model was created dense, so that timm would load it as dense; or timm has not created it.
+        ValueError: The model was created dense, so that timm would load it as dense. Or timm has not created it.
         FileExistsError: The folder has a model and `force` is not set, or it has other files that are not hidden.
     """
     model = _check_created_evolved(model)
@@ -123,7 +123,7 @@ def save(
                 os.replace(Path(parts, file), folder / file)
     except BaseException:
         if is_new:
-            with suppress(OSError):  # another process has written to it
+            with suppress(OSError):  # another process may have written to it
                 folder.rmdir()
         raise
     return folder
@@ -134,12 +134,12 @@ def check_free(folder: Path, force: bool) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise FileExistsError(f'{folder} is not a folder.')
+        raise FileExistsError(f'{folder} is a file. It must be a folder or must not exist.')
     visible = {path.name for path in folder.iterdir() if not path.name.startswith('.')}
     if others := sorted(visible.difference(_FILES)):
         raise FileExistsError(f'{folder} has other files than those of a model, such as {others[0]}.')
     if visible and not force:
-        raise FileExistsError(f'{folder} has a model already ({min(visible)}). Use force (--force) to replace it.')
+        raise FileExistsError(f'{folder} has a model already ({min(visible)}). Use force=True (--force) to replace it.')
 
 
 def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = None) -> str:
@@ -156,7 +156,7 @@ def push(model: nn.Module, repo_id: str, model_args: dict[str, Any] | None = Non
 
     Raises:
         TypeError: The model is dense, or wraps an evolved one.
-        ValueError: The model was created dense, so that timm would load it as dense; or timm has not created it.
+        ValueError: The model was created dense, so that timm would load it as dense. Or timm has not created it.
     """
     model = _check_created_evolved(model)
     return push_to_hf_hub(
@@ -186,7 +186,7 @@ def _check_created_evolved(model: nn.Module) -> EvolvedModel:
     if not isinstance(model, EvolvedModel):
         path, _ = find_evolved(model)
         raise TypeError(
-            f'{name} is not evolved, but its submodule `.{path}` is: use that one.' if path else
+            f'{name} is not evolved, but its submodule `.{path}` is. Use that one.' if path else
             f"{name} is not evolved. timm's save_for_hf and push_to_hf_hub write a dense model; "
             "timm.create_model('evo_*') creates an evolved one.")
     if not hasattr(model, 'pretrained_cfg'):

@@ -1,9 +1,9 @@
 """ Private names of torch that the library needs
 
 A release of torch may rename each of them. So no other module uses them, and `tests/test_torch_private.py` fails with
-the name that is missing. Exceptions are names that classes override, `_apply`, `_load_from_state_dict`, `_get_name` and
-`__jit_ignored_attributes__` of `nn.Module`, and the base class `TorchDispatchMode` of `torch.utils._python_dispatch`.
-The test covers them, too.
+the missing name. There are two exceptions, which the test covers, too: names that classes override (`_apply`,
+`_load_from_state_dict`, `_get_name` and `__jit_ignored_attributes__` of `nn.Module`), and the base class
+`TorchDispatchMode` of `torch.utils._python_dispatch`.
 """
 import copy
 from typing import TypeVar
@@ -54,17 +54,17 @@ def children(module: nn.Module) -> list[nn.Module]:
 
 
 def own_parameters(module: nn.Module) -> list[nn.Parameter | None]:
-    """The parameters of the module itself, also while another thread adds one."""
+    """The parameters of the module itself. It works while another thread adds one."""
     return list(module._parameters.values())
 
 
 def own_names(module: nn.Module) -> list[str]:
-    """Names of the module's own parameters, buffers and submodules; torch's iterators omit those that are None."""
+    """Names of the module's own parameters, buffers and submodules, also of those that are None."""
     return [*module._parameters, *module._buffers, *module._modules]
 
 
 def share_buffers(module: nn.Module, other: nn.Module) -> bool:
-    """Whether one module is a shallow copy of the other: they also share buffers that are registered later."""
+    """Whether one module is a shallow copy of the other. They then share buffers that are registered later, too."""
     return module._buffers is other._buffers
 
 
@@ -84,16 +84,16 @@ def is_in_backward() -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is of no subclass; `FakeTensor`, which has no values, counts as plain."""
+    """Whether the class of a tensor is `Tensor`, or `FakeTensor`, which has no values."""
     return type(tensor) in (Tensor, FakeTensor)
 
 
-@torch.compiler.assume_constant_result  # torch compiles again within other transforms
+@torch.compiler.assume_constant_result  # torch compiles again inside other transforms
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is active."""
     return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def num_writes(tensor: Tensor) -> int:
-    """Number of in-place writes to a tensor, which torch does not count for a tensor of inference mode."""
+    """Number of in-place writes to a tensor. torch does not count them for a tensor of inference mode."""
     return tensor._version

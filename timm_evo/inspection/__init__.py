@@ -1,1 +1,1 @@
-""" What looks at an evolved model: which tokens it keeps, what it costs, what hooks see """
+""" Inspection of evolved models: selected tokens, cost, and feature maps for hooks """

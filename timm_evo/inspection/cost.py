@@ -9,15 +9,15 @@ from torch.utils.flop_counter import flop_registry
 
 __all__ = ['count_gmacs']
 
-# of counts: PyTorch notes for the whole process that a mode is on, which would stay so if two ended out of order, and
-# Dynamo of torch 2.5 to 2.8 would compile nothing from then on
+# One count at a time: PyTorch stores for the whole process that a mode is on. If two modes ended out of order, this
+# would stay stored, and Dynamo of torch 2.5 to 2.8 would no longer compile anything.
 _turn = threading.RLock()
 
 
 class _FlopCounter(TorchDispatchMode):
-    """PyTorch's formulas without the hooks of its `FlopCounterMode`, for which a last block would not be short.
+    """Count by PyTorch's formulas, without the hooks of its `FlopCounterMode`, which prevent a short last block.
 
-    Like every such mode it sees what its own thread computes, and changes nothing for others.
+    Like every dispatch mode, it acts only on its own thread.
     """
 
     def __init__(self) -> None:
@@ -35,14 +35,14 @@ class _FlopCounter(TorchDispatchMode):
         return out
 
 
-@torch.inference_mode(False)  # in inference mode, linear layers are not taken apart into products
+@torch.inference_mode(False)  # in inference mode, linear layers are not split into products
 @torch.no_grad()
 def count_gmacs(model: nn.Module, image: Tensor) -> float:
     """Multiply-accumulates of a model for one image, in billions, by PyTorch's formulas.
 
     Args:
-        model: Any model, dense or evolved, in evaluation mode. Hooks that watch it, as most counters of FLOPs set them,
-            make an evolved model compute its last block as a whole; this counter sets none.
+        model: Any model, dense or evolved, in evaluation mode. Hooks make an evolved model compute the whole last
+            block. Most counters of FLOPs set hooks; this one sets none.
         image: A batch of one image (1, C, H, W).
     """
     with _turn, _FlopCounter() as counter:

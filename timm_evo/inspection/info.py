@@ -1,4 +1,4 @@
-""" What a registered model is, in a few lines of text """
+""" Summary of a registered model as text """
 import itertools
 from typing import Any
 
@@ -16,10 +16,10 @@ __all__ = ['summarise']
 
 
 def summarise(name: str, **kwargs: Any) -> str:
-    """Settings, cost, tokens of each block and origin of the weights of an evolved model; no weights are made.
+    """Settings, cost, tokens of each block and origin of the weights of an evolved model. No weights are created.
 
     Args:
-        name: A registered `evo_*` model.
+        name: Name of a registered `evo_*` model.
         **kwargs: Arguments of `timm.create_model`.
 
     Raises:
@@ -27,14 +27,14 @@ def summarise(name: str, **kwargs: Any) -> str:
     """
     check_name(name)
     if not is_evolved(name):
-        raise ValueError(f'{name} is not evolved, evo_{name} is.' if is_evolved(f'evo_{name}') else
-                         f'{name} is not evolved.')
+        twin = f' Use evo_{name}.' if is_evolved(f'evo_{name}') else ''
+        raise ValueError(f'{name} is not an evolved model.{twin}')
     model = build_without_weights(name, kwargs)
-    _, evolved = find_evolved(model)  # within features_only=True
+    _, evolved = find_evolved(model)  # with features_only=True it is inside the model
     assert evolved is not None
     dense_kwargs = {key: value for key, value in kwargs.items() if key not in evolved.ARGUMENTS}
     with torch.device('meta'):
-        # an evo_* name may have a larger image than the dense one of the same architecture
+        # the images of an evo_* name may be larger than those of the dense name of the same architecture
         img_size = getattr(getattr(evolved, 'patch_embed', None), 'img_size', None)
         size = {} if img_size is None else {'img_size': img_size}
         dense = timm.create_model(evolved.dense_architecture, **{**size, **dense_kwargs}).eval()
@@ -51,8 +51,8 @@ def summarise(name: str, **kwargs: Any) -> str:
         f'  parameters  {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M',
         f'  GMACs       {gmacs:.2f}, dense {dense_gmacs:.2f} ({gmacs / dense_gmacs:.0%})',
         f'  evolution   {evolved.extra_repr()}',
-        '  weights     ' + ('\n' + 14 * ' ').join(weights or ['none; train it, or convert a checkpoint']),
-        '  blocks      tokens (with class token and the like)',
+        '  weights     ' + ('\n' + 14 * ' ').join(weights or ['none: train the model, or convert a checkpoint']),
+        '  blocks      tokens, prefix and representative tokens included',
     ]
     for number, run in itertools.groupby(enumerate(tokens), key=lambda pair: pair[1]):
         blocks = [i for i, _ in run]
@@ -61,7 +61,7 @@ def summarise(name: str, **kwargs: Any) -> str:
 
 
 def _count_tokens(model: nn.Module, evolved: EvolvedModel, image: torch.Tensor) -> list[int]:
-    """Number of tokens that enter each block of the evolved model that `model` has in it, or is."""
+    """Number of tokens that enter each block of `evolved`, which is `model` or is inside it."""
     numbers: list[int] = []
     stages = [evolved] if hasattr(evolved, 'blocks') else evolved.stages
     blocks = [block for stage in stages for block in stage.blocks]

@@ -1,4 +1,4 @@
-""" What a model sees in an image: its likeliest classes, by their names """
+""" The classes that a model predicts for an image """
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,36 +22,36 @@ def predict(
         image: Tensor,
         classes: Sequence[str] | None = None,
 ) -> list[tuple[str, float]] | None:
-    """The likeliest classes of an image and their probabilities by softmax, the likeliest first.
+    """The most likely classes of an image and their probabilities by softmax, in descending order.
 
     Args:
         model: A model in evaluation mode.
         image: A batch of one image (1, C, H, W).
-        classes: Names of the classes. By default those of ImageNet, where the model has as many outputs as one of
+        classes: Names of the classes. By default those of ImageNet, if the model has as many outputs as one of
             ImageNet's subsets has classes.
 
     Returns:
-        None where the names are not known. Such a model may be no classifier, but the image tower of a CLIP, whose last
-        layer is a projection.
+        Names and probabilities. None if the names are not known: such a model may not be a classifier. It may be the
+        image tower of a CLIP, whose last layer is a projection.
 
     Raises:
-        ValueError: There are more or fewer names than outputs.
+        ValueError: The number of names is not the number of outputs.
     """
-    logits = model.forward(image)  # uncompiled where the model was compiled in place, as `trace` runs it
+    logits = model.forward(image)  # not compiled if the model was compiled in place, as in `trace`
     names = _imagenet_classes(logits.shape[-1]) if classes is None else classes
     if names is None:
         return None
     if logits.shape != (1, len(names)):
         raise ValueError(
-            f'classes has {len(names)} names, {type(model).__name__} has outputs {tuple(logits.shape)}. It must have '
-            f'one name for each output.')
+            f'classes has {len(names)} names, but the output of {type(model).__name__} has the shape '
+            f'{tuple(logits.shape)}. It must have one name for each output.')
     likeliest = logits[0].float().softmax(dim=0).topk(min(NUM_LIKELIEST, len(names)))
     return [(names[int(i)], float(probability)) for probability, i in zip(*likeliest, strict=True)]
 
 
 @functools.lru_cache
 def _imagenet_classes(number: int) -> list[str] | None:
-    """The first of the words for each class of ImageNet's subset with this number of classes; None where there is none.
+    """The first word for each class of ImageNet's subset with this number of classes; None if there is no such subset.
     """
     subset = infer_imagenet_subset({'num_classes': number})
     if subset is None:
@@ -60,12 +60,12 @@ def _imagenet_classes(number: int) -> list[str] | None:
 
 
 def read_classes(file: Path) -> list[str]:
-    """Names of classes in a text file, one a line.
+    """Names of classes in a text file, one per line.
 
     Raises:
-        ValueError: It cannot be read as text.
+        ValueError: The file cannot be read as text.
     """
     try:
         return file.read_text(encoding='utf-8').splitlines()
     except (OSError, UnicodeError) as error:
-        raise ValueError(f'{file} cannot be read as names of classes, one a line. {reason(error)}') from error
+        raise ValueError(f'{file} cannot be read as names of classes, one per line. {reason(error)}') from error

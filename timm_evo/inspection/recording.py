@@ -1,6 +1,6 @@
-""" Which tokens go through the blocks of an evolved model, noted while it runs
+""" A record of the tokens that go through the blocks of an evolved model in a forward pass
 
-The objects that select tokens tell a model's `_record` of it, which is there for the time of a `with`.
+A `with` gives the model a record, `_record`. The objects that select tokens pass each selection to it.
 """
 import math
 from collections.abc import Iterator
@@ -18,16 +18,17 @@ __all__ = ['Record', 'Step', 'recording']
 
 
 class Step(NamedTuple):
-    """The tokens that go through the blocks from one on.
+    """The tokens that go through the blocks after one selection.
 
     Attributes:
-        block: Number of that block. A LeViT's are counted through its stages, without those that downsample.
-        present: Positions in the whole sequence of those that stand for themselves (B, K), in the order in which they
-            go through the blocks.
-        place: For each token of the whole sequence (B, P + N), where among them the one is that it is or follows. K is
-            the representative token behind them, or nothing where there is none.
-        has_representative: Whether there is one.
-        scores: Global class attention that has selected them (B, P + N); None in selection='similarity'.
+        block: Number of the first of these blocks. Blocks of a LeViT are counted through its stages, without
+            downsampling.
+        present: Positions in the whole sequence of the tokens present (B, K), in the order in which they go through the
+            blocks, without a representative token.
+        place: For each token of the whole sequence (B, P + N), the index in `present` of the token that it is or
+            follows. Index K stands for the representative token, or without one for nothing.
+        has_representative: Whether a representative token is the last token present.
+        scores: Global class attention that has selected the tokens (B, P + N); None in selection='similarity'.
     """
     block: int
     present: Tensor
@@ -37,19 +38,19 @@ class Step(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens go through the blocks."""
+        """Number of tokens that go through the blocks."""
         return self.present.shape[1] + self.has_representative
 
 
 class Record:
-    """What the last forward pass of a model has selected.
+    """The selections of the last forward pass of a model.
 
     Attributes:
         num_prefix_tokens: Number of prefix tokens P.
         grids: Height and width of the grid of patches, by the number of the first block that has it.
-        steps: Selections so far, in the order of the blocks; another list in each pass.
+        steps: Selections so far, in the order of the blocks. Each pass has a new list.
         running: Whether the blocks are running.
-        outer: Another one that the model had already, and that is told the same.
+        outer: A record that the model had before. It gets the same selections.
     """
 
     def __init__(self, num_prefix_tokens: int) -> None:
@@ -59,12 +60,12 @@ class Record:
         self.forget()
 
     def forget(self) -> None:
-        """As before the first pass."""
+        """Remove all selections, as before the first pass."""
         self.grids: dict[int, tuple[int, int]] = {}
         self.steps: list[Step] = []
 
     def __reduce__(self) -> tuple:
-        return type(None), ()  # copies of the model, and files, have none
+        return type(None), ()  # copies and files of the model have no record
 
     def grid_of(self, length: int) -> tuple[int, int]:
         """The grid of whole sequences of a length P + N."""
@@ -72,7 +73,7 @@ class Record:
 
     @contextmanager
     def forward_pass(self, grids: dict[int, tuple[int, int]]) -> Iterator[None]:
-        """Begin anew, and note what is selected until the blocks have run."""
+        """Start a new list of selections, which grows until the blocks have run."""
         self.grids, self.steps, self.running = grids, [], True
         try:
             with nullcontext() if self.outer is None else self.outer.forward_pass(grids):
@@ -81,20 +82,20 @@ class Record:
             self.running = False
 
     def note_selected(self, block: int, slow: Tensor, scores: Tensor, has_representative: bool) -> None:
-        """Note a published selection: positions of prefix and slow tokens (B, P + K) by scores (B, P + N)."""
+        """Add a published selection: positions of prefix and slow tokens (B, P + K), and the scores (B, P + N)."""
         if self.outer is not None:
             self.outer.note_selected(block, slow, scores, has_representative)
-        if not self.running:  # a checkpoint runs a stage of LeViT once more
+        if not self.running:  # checkpointing runs a stage of LeViT again
             return
         number = torch.arange(slow.shape[1], device=slow.device).expand_as(slow)
         place = torch.full_like(scores, slow.shape[1], dtype=torch.int64).scatter(1, slow, number)
         self.steps.append(Step(block, slow, place, has_representative, scores.detach()))
 
     def note_averaged(self, block: int, goes: Tensor, into: Tensor, num_tokens: int) -> None:
-        """Note which of the tokens present go (B, R), and into which others (B, R)."""
+        """Add a selection by similarity: which tokens present are averaged (B, R), and into which others (B, R)."""
         if self.outer is not None:
             self.outer.note_averaged(block, goes, into, num_tokens)
-        if goes.shape[1] == 0:  # a share of so few patches that none goes
+        if goes.shape[1] == 0:  # there are so few patches that no token is averaged
             return
         present, place = similarity.places_after(goes, into, num_tokens)
         if self.steps:
@@ -105,7 +106,7 @@ class Record:
 
 @contextmanager
 def recording(model: EvolvedModel, record: Record) -> Iterator[None]:
-    """Have a record told what a model selects; copies of it that are made meanwhile tell nobody."""
+    """A context in which a record gets the selections of a model. Copies made inside it have no record."""
     modules: list[tuple[Any, Record | _StageRecord]] = [(model, record)]
     if isinstance(model, LevitEvolution):
         first_block = 0
@@ -121,14 +122,14 @@ def recording(model: EvolvedModel, record: Record) -> Iterator[None]:
     finally:
         _unchain(model._record, record)
         for (module, own), other in zip(modules, before, strict=True):
-            if getattr(module, '_record', None) is own:  # not where another one has begun since, or it is dense now
+            if getattr(module, '_record', None) is own:  # not if a later record is in place, or the model is dense now
                 del module._record
                 if record.outer is not None:
                     module._record = other
 
 
 def _unchain(inner: Any, record: Record) -> None:
-    """Take a record away from behind those of the same model that have begun later."""
+    """Remove a record from the chain of outer records of later ones of the same model."""
     while inner is not None:
         if inner.outer is record:
             inner.outer = record.outer
@@ -136,7 +137,7 @@ def _unchain(inner: Any, record: Record) -> None:
 
 
 class _StageRecord:
-    """Notes what a stage of LeViT selects, whose blocks are counted through the stages in the record."""
+    """Passes selections of a LeViT stage to the record, which counts blocks through all stages."""
 
     def __init__(self, record: Record, first_block: int) -> None:
         self.record = record

@@ -1,6 +1,6 @@
-""" Which tokens an evolved model keeps
+""" The selections of an evolved model for given images
 
-A shallow copy of the model runs and notes what it selects, so whoever uses the model meanwhile sees nothing of it.
+A shallow copy of the model runs and records them, so the model can be used elsewhere at the same time.
 """
 import copy
 from typing import Any, NamedTuple
@@ -16,20 +16,20 @@ from .recording import Record, Step, recording
 
 __all__ = ['Selection', 'trace']
 
-REPRESENTATIVE, NOTHING = -1, -2  # that a patch follows
+REPRESENTATIVE, NOTHING = -1, -2  # values of `Selection.follows`
 
 
 class Selection(NamedTuple):
-    """What was selected before a block.
+    """A selection before a block.
 
     Attributes:
-        block: Number of the block. A LeViT's are counted through its stages, without those that downsample.
-        slow: Patches that go through the blocks from here on (B, H, W), bool. After a downsampling of LeViT, the grid
+        block: Number of the block. Blocks of a LeViT are counted through its stages, without downsampling.
+        slow: Patches that go through this block and later ones (B, H, W), bool. After a downsampling of LeViT, the grid
             is smaller.
-        scores: Global class attention that has selected them (B, H, W); None in selection='similarity'.
-        follows: Position in the grid, row by row, of the patch that each one follows (B, H, W), int64. A slow patch
-            follows itself. In selection='similarity' the others follow the patch whose token they were averaged into;
-            in the published selections -1, the representative token, or with fast_update=False -2, nothing.
+        scores: Global class attention that has selected the patches (B, H, W); None in selection='similarity'.
+        follows: Position in the grid, row by row, of the patch that each patch follows (B, H, W), int64. A slow patch
+            follows itself. In selection='similarity', another patch follows the one whose token it was averaged into.
+            In the published selections, -1 is the representative token, and with fast_update=False -2 is nothing.
     """
     block: int
     slow: Tensor
@@ -39,23 +39,25 @@ class Selection(NamedTuple):
 
 @torch.no_grad()
 def trace(model: nn.Module, images: Tensor) -> list[Selection]:
-    """Run an evolved model, and tell which tokens it selects.
+    """Run an evolved model, and return its selections.
 
-    It runs in evaluation mode, uncompiled, and is as it was afterwards.
+    The model runs in evaluation mode and is not compiled. It is not changed.
 
     Args:
-        model: An evolved model, or what wraps one: a backbone of `features_only=True`, a compiled or averaged model.
+        model: An evolved model, or a module with one inside: a backbone of `features_only=True`, a compiled or averaged
+            model.
         images: Images as the model takes them (B, C, H, W).
 
     Returns:
-        Each selection, in the order of the blocks; none where `keep_ratio` is 1.
+        The selections in the order of the blocks; none for a `keep_ratio` of 1.
 
     Raises:
-        TypeError: There is no evolved model in it.
+        TypeError: The model is not evolved and has no evolved model inside.
     """
     _, evolved = find_evolved(model)
     if evolved is None:
-        raise TypeError(f'{type(model).__name__} cannot be traced, it is not evolved and has no evolved model in it.')
+        raise TypeError(
+            f'{type(model).__name__} cannot be traced, because it is not evolved and has no evolved model inside.')
     record = Record(evolved.num_prefix_tokens)
     with evaluating(evolved):
         twin = _twin(evolved)
@@ -65,7 +67,7 @@ def trace(model: nn.Module, images: Tensor) -> list[Selection]:
 
 
 def _twin(model: EvolvedModel) -> EvolvedModel:
-    """A copy that can have a record of its own, and so can its stages."""
+    """A copy of the model that can have its own record, as can its stages."""
     model = shallow_copy(model)
     model._record = None
     if isinstance(model, LevitEvolution):

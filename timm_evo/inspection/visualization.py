@@ -1,4 +1,4 @@
-""" Pictures of what an evolved model does with the patches of an image: selected, or averaged """
+""" Pictures of the patches of an image that an evolved model selects or averages """
 import base64
 import io
 import json
@@ -36,7 +36,7 @@ KEEP_RATIOS = (0.3, 0.5, 0.7, 0.9)
 Photo = Image.Image | str | os.PathLike | np.ndarray
 _ALLOWED = (
     'a photo (an image of Pillow, its file, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8), or a tensor '
-    '(C, H, W) that is prepared as the model takes it')
+    '(C, H, W) that is prepared for the model')
 
 
 def visualize(
@@ -45,21 +45,21 @@ def visualize(
         classes: Sequence[str] | None = None,
         **evolution_args,
 ) -> 'Figure':
-    """Draw what a model does with the patches of an image, and write what it predicts with and without that.
+    """Draw which patches of an image a model selects or averages, with the predictions of the dense and evolved model.
 
-    One column for each selection. In the published selections, patches that skip the blocks are dark, and below are
-    the scores that have selected. By similarity no patch is skipped: patches whose tokens are averaged into one have
-    one colour, their mean.
+    The figure has one column for each selection. In the published selections, patches that skip the blocks are dark,
+    and the scores of the selection are below. In selection='similarity' no patch is skipped: all patches whose tokens
+    are averaged into one have their mean colour.
 
     Args:
-        image: A photo, which is prepared as timm does for the model: an image of Pillow, a file, or an array of uint8
-            (H, W), (H, W, 3) or (H, W, 4), as Pillow takes them. It is made grey for a model of one channel. Or a
-            tensor that is prepared (C, H, W), or (1, C, H, W); the only way for a model of other numbers of channels
-            than 1 and 3, where the mean over them is drawn. One image, no batch.
-        model: An evolved model, what wraps one, or a dense one, which is evolved for the time being.
-        classes: Names of the model's classes. By default those of ImageNet, for a model with as many classes; where
-            the names are not known, no prediction is written.
-        **evolution_args: Those of `evolve` or `set_evolution`, for the time being.
+        image: One photo, which is prepared for the model as in timm: an image of Pillow, a file, or an array of uint8
+            (H, W), (H, W, 3) or (H, W, 4). It is made grey for a model of one channel. Or one prepared tensor (C, H, W)
+            or (1, C, H, W), which a model of other numbers of channels than 1 and 3 needs. Of such a tensor, the mean
+            over the channels is drawn.
+        model: An evolved model, a module with one inside, or a dense model, which is evolved only for the figure.
+        classes: Names of the model's classes. By default those of ImageNet, for a model with as many classes. If the
+            names are not known, the figure has no predictions.
+        **evolution_args: Arguments of `evolve` or `set_evolution`, which are used only for the figure.
 
     Returns:
         A figure of matplotlib: `figure.savefig('kept.png')`. A notebook shows it.
@@ -67,8 +67,8 @@ def visualize(
     Raises:
         ImportError: matplotlib is not installed.
         FileNotFoundError: There is no such file.
-        TypeError: The model is not evolved and cannot be, or the image is nothing of that.
-        ValueError: An argument is outside what is allowed, or no image that the model takes.
+        TypeError: The model cannot be evolved, or the image is of another type.
+        ValueError: The value of an argument is not allowed, or the model does not take the image.
     """
     Figure = figure_class()
     with _evolved(model, evolution_args) as evolved_model:
@@ -116,29 +116,29 @@ def write_page(
         classes: Sequence[str] | None = None,
         **evolution_args,
 ) -> None:
-    """Write one HTML file, which needs no other, to move through blocks and keep ratios over an image.
+    """Write an HTML page that shows the selections in an image, with sliders for block and keep ratio.
 
     Args:
-        file: Where to.
-        image: As of `visualize`.
-        model: Likewise.
-        keep_ratios: What can be chosen on the page.
-        classes: As of `visualize`.
-        **evolution_args: As of `visualize`, without `keep_ratio`.
+        file: HTML file to write. It needs no other files.
+        image: See `visualize`.
+        model: See `visualize`.
+        keep_ratios: Keep ratios of the slider.
+        classes: See `visualize`.
+        **evolution_args: See `visualize`, without `keep_ratio`.
 
     Raises:
         FileNotFoundError: There is no such image file.
-        TypeError: The model is not evolved and cannot be, or the image is nothing of that.
-        ValueError: An argument is outside what is allowed, or no image that the model takes.
+        TypeError: The model cannot be evolved, or the image is of another type.
+        ValueError: The value of an argument is not allowed, or the model does not take the image.
     """
     if not keep_ratios:
-        raise ValueError('keep_ratios=[] is not allowed, a page needs at least one.')
+        raise ValueError('keep_ratios=[] is not allowed. A page needs at least one keep ratio.')
     if not isinstance(image, Tensor):
         image = open_photo(image)
     runs = []
     with _evolved(model, evolution_args | {'keep_ratio': keep_ratios[0]}) as evolved_model, evaluating(evolved_model):
         for keep_ratio in keep_ratios:
-            evolved_model.set_evolution(keep_ratio=keep_ratio)  # refuses what is not allowed before anything is run
+            evolved_model.set_evolution(keep_ratio=keep_ratio)  # checks each value before the model runs
         pixels, photo = _prepare(image, evolved_model)
         dense_prediction = _predict_dense(evolved_model, pixels, classes)
         for keep_ratio in keep_ratios:
@@ -162,12 +162,12 @@ def write_page(
             'width': photo.shape[1], 'height': photo.shape[0],
         }
     page = files('timm_evo.inspection').joinpath(PAGE).read_text(encoding='utf-8')
-    text = json.dumps(data).replace('<', '\\u003c')  # a name cannot end the script
+    text = json.dumps(data).replace('<', '\\u003c')  # so that a class name cannot end the script
     Path(file).write_text(page.replace('"DATA"', text), encoding='utf-8')
 
 
 def figure_class() -> 'type[Figure]':
-    """The class of figures of matplotlib, which is not installed with the package.
+    """matplotlib's class of figures. matplotlib is an optional dependency.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -175,12 +175,12 @@ def figure_class() -> 'type[Figure]':
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('A picture is drawn with matplotlib, which is missing: pip install matplotlib') from error
+        raise ImportError('Pictures need matplotlib, which is not installed: pip install matplotlib') from error
     return Figure
 
 
 def _evolved(model: nn.Module, evolution_args: dict):
-    """The evolved model to look at, for the time of a `with`."""
+    """A context that gives the evolved model with these arguments."""
     _, found = find_evolved(model)
     if found is not None and not evolution_args:
         return nullcontext(found)
@@ -192,26 +192,26 @@ def _predict_dense(
         pixels: Tensor,
         classes: Sequence[str] | None,
 ) -> list[tuple[str, float]] | None:
-    """What the model predicts while every patch goes through every block."""
+    """The prediction of the dense model."""
     with evolved(model, keep_ratio=1.0):
         return predict(model, pixels, classes)
 
 
 def _legend(settings: dict) -> str:
-    """What a picture shows of patches that do not go through the blocks themselves."""
+    """A legend for the patches that do not go through the blocks themselves."""
     if settings['selection'] == 'similarity':
-        return 'Patches of one colour are averaged and go on as one token. No patch is left out.'
-    others = 'move with a token that stands for them' if settings['fast_update'] else 'stay as they are'
-    return f'Dark patches skip the blocks from there on, and {others}.'
+        return 'Patches of one colour are averaged into one token. No patch is left out.'
+    others = 'are updated by a representative token' if settings['fast_update'] else 'stay as they are'
+    return f'Dark patches skip the blocks after this selection, and {others}.'
 
 
 def open_photo(image: Photo) -> Image.Image:
-    """A photo, read from its file or made of an array where it is one.
+    """The photo as an image of Pillow, read from a file or made from an array if needed.
 
     Raises:
         FileNotFoundError: There is no such file.
-        TypeError: It is nothing of that.
-        ValueError: The file cannot be read as an image, or the array is none.
+        TypeError: The photo is of another type.
+        ValueError: The file cannot be read as an image, or the array is not an image.
     """
     if isinstance(image, Image.Image):
         return image
@@ -221,41 +221,41 @@ def open_photo(image: Photo) -> Image.Image:
         try:
             with Image.open(image) as file:
                 return file.convert('RGB')
-        except Exception as error:  # Pillow's readers raise anything where a file is damaged
+        except Exception as error:  # a damaged file can cause any error in Pillow
             raise ValueError(f'{image} cannot be read as an image. {reason(error)}') from error
     if not isinstance(image, np.ndarray):
-        raise TypeError(f'image cannot be a {type(image).__name__}, it must be {_ALLOWED}.')
+        raise TypeError(f'image cannot be a {type(image).__name__}. It must be {_ALLOWED}.')
     is_empty = image.size == 0
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,), (4,)) or is_empty:
-        raise ValueError(f'image cannot be an array {image.shape} of {image.dtype}, it must be {_ALLOWED}.')
+        raise ValueError(f'image cannot be an array {image.shape} of {image.dtype}. It must be {_ALLOWED}.')
     return Image.fromarray(image)
 
 
 def _prepare(image: Photo | Tensor, model: EvolvedModel) -> tuple[Tensor, Tensor]:
-    """What the model takes (1, C, H, W), and the same to look at (H, W, 3), in [0, 1]."""
+    """Input of the model (1, C, H, W), and the photo to draw (H, W, 3), in [0, 1]."""
     channels, height, width = input_size(model)
     config = resolve_data_config({'input_size': (channels, height, width)}, model=model)
-    for key in ('mean', 'std'):  # of colours
+    for key in ('mean', 'std'):  # timm has three numbers, one for each colour
         config[key] = adapt_to_chs(config[key], channels)
     if isinstance(image, Tensor):
         pixels = image[0] if image.dim() == 4 and len(image) == 1 else image
         _check_pixels(pixels, image, model)
     elif channels not in (1, 3):
         raise ValueError(
-            f'image cannot be a photo, {type(model).__name__} takes {channels} channels. It must be a tensor '
-            f'({channels}, H, W), prepared as the model takes it.')
+            f'image cannot be a photo, because {type(model).__name__} takes {channels} channels. It must be a tensor '
+            f'({channels}, H, W) that is prepared for the model.')
     else:
-        transform: Any = create_transform(**config)  # one, where timm says that it may be several
+        transform: Any = create_transform(**config)  # timm's annotation allows several transforms
         pixels = transform(open_photo(image).convert('L' if channels == 1 else 'RGB'))
     weight = next(model.parameters())
     return pixels.unsqueeze(0).to(weight.device, weight.dtype), _to_photo(pixels, config['mean'], config['std'])
 
 
 def _check_pixels(pixels: Tensor, image: Tensor, model: EvolvedModel) -> None:
-    """Refuse a tensor that is not one prepared image (C, H, W), and say what `image` was."""
+    """Check that a tensor is one prepared image (C, H, W). The message describes `image`, as the user has given it."""
     channels, *size = input_size(model)
     embed = getattr(model, 'patch_embed', model)
-    if embed.img_size and getattr(embed, 'strict_img_size', True):  # LeViT takes one size alone
+    if embed.img_size and getattr(embed, 'strict_img_size', True):  # LeViT takes only one size
         allowed = f'({channels}, {size[0]}, {size[1]})'
         fits = list(pixels.shape[1:]) == size
     else:
@@ -264,12 +264,12 @@ def _check_pixels(pixels: Tensor, image: Tensor, model: EvolvedModel) -> None:
         fits = all(side > 0 and side % step == 0 for side, step in zip(pixels.shape[1:], steps, strict=False))
     if pixels.dim() != 3 or len(pixels) != channels or not fits or not pixels.is_floating_point():
         raise ValueError(
-            f'image cannot be a tensor {tuple(image.shape)} of {image.dtype}, {type(model).__name__} takes one image '
-            f'{allowed} of floating point numbers, prepared as timm does.')
+            f'image cannot be a tensor {tuple(image.shape)} of {image.dtype}. {type(model).__name__} takes one image '
+            f'{allowed} of floating point numbers that is prepared as in timm.')
 
 
 def _to_photo(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Prepared pixels (C, H, W) to look at (H, W, 3), in [0, 1]: in colours, or else as their mean from dark to bright.
+    """Prepared pixels (C, H, W) as a photo to draw (H, W, 3), in [0, 1]; of 1 or 3 channels, or their grey mean.
     """
     pixels = pixels.detach().cpu().float()
     if len(pixels) in (1, 3):
@@ -286,7 +286,7 @@ def _count_blocks(model: EvolvedModel) -> int:
 
 
 def _describe(selection: Selection) -> dict:
-    """As the page has it."""
+    """The selection as plain values for the page."""
     scores = selection.scores
     return {
         'block': selection.block,

@@ -1,7 +1,7 @@
-""" What hooks see in an evolved model, as values of all patches
+""" Values that hooks get in an evolved model, spread to all patches
 
-Between two blocks there are the tokens of a selection, so a hook sees those, in the order in which they go through the
-blocks. Every token of the whole sequence is one of them or follows one; that gives the way back.
+A hook on a block gets the tokens present after a selection, in the order in which they go through the blocks. Every
+token of the whole sequence is one of these tokens or follows one, which tells how values are spread.
 """
 import math
 from collections.abc import Iterator
@@ -19,103 +19,108 @@ __all__ = ['WholeGrid', 'whole_grid']
 
 @contextmanager
 def whole_grid(model: nn.Module) -> 'Iterator[WholeGrid]':
-    """The way back to the whole grid for what hooks see in an evolved model.
+    """A context that spreads values of hooks in an evolved model to the whole grid.
 
-    It goes by the last forward pass, whoever has called the model:
+    The selections are those of the last forward pass inside the `with`, which any code may call:
 
         with timm_evo.whole_grid(model) as grid:
             handle = model.blocks[7].register_forward_hook(lambda block, args, out: seen.append(grid.tokens(out)))
             model(images)
 
     Args:
-        model: An evolved model, or what wraps one. It is as it was afterwards.
+        model: An evolved model, or a module with one inside. It is not changed.
 
     Yields:
-        What turns values of the tokens present into values of all. Within the `with` alone.
+        An object whose methods spread values. It works only inside the `with`.
 
     Raises:
-        TypeError: There is no evolved model in it.
+        TypeError: The model is not evolved and has no evolved model inside.
     """
     _, evolved = find_evolved(model)
     if evolved is None:
-        raise TypeError(f'{type(model).__name__} has a whole grid everywhere, it is not evolved.')
+        raise TypeError(f'{type(model).__name__} is not evolved, so hooks already get the whole grid.')
     record = Record(evolved.num_prefix_tokens)
     try:
         with recording(evolved, record):
             yield WholeGrid(record)
     finally:
-        record.forget()  # a hook that stays may see later passes, which nobody notes
+        record.forget()  # a hook that remains may get values of later passes, which have no record
 
 
 class WholeGrid:
-    """Values of the tokens present as values of all P + N, in the order of the dense model: prefix, then patches.
+    """Spreads values of the tokens present to all P + N tokens, in the order of the dense model: prefix, then patches.
 
-    Of a block or a part of one (`norm1`, `attn`, `mlp`), in the last forward pass of the model. Where no selection is
-    open, values are returned as they are. With `fast_update=False` placeholders follow nothing: nothing is computed for
-    them, and their values are zero.
+    The values are from a block or a part of one (`norm1`, `attn`, `mlp`) in the last forward pass of the model. Values
+    from blocks before the first selection are returned unchanged. With `fast_update=False` placeholders follow no
+    token, and their values are zero.
 
-    A value finds its selection by its number of tokens. Several published selections may leave as many: a hook that
-    runs within the forward pass need not care, but later on `block` says where the value is from, as in
-    `model.blocks[block]`. A LeViT's blocks are counted through its stages, without those that downsample.
+    The selection of a value is found by its number of tokens. Several published selections may have the same number.
+    This does not matter for a hook that runs in the forward pass. Later, `block` must tell which block the value is
+    from, as in `model.blocks[block]`. Blocks of a LeViT are counted through its stages, without downsampling.
     """
 
     def __init__(self, record: Record) -> None:
         self._record = record
-        self._steps = record.steps  # of the pass that these are of:
-        self._shown: list[Step | None] = []  # where the activations are from that `reshape_transform` was given
-        self._num_gradients = 0  # that it was given
+        # for `reshape_transform`: the pass, the selections of its activations, and the number of its gradients so far
+        self._steps = record.steps
+        self._shown: list[Step | None] = []
+        self._num_gradients = 0
 
     def tokens(self, x: Tensor, block: int | None = None) -> Tensor:
-        """Values of tokens: each has that of the token that it is or follows.
+        """Spread values: each token gets the value of the token that it is or follows.
 
-        For the output of a block, `forward_intermediates` has more: there each token is what it was, moved by what the
-        one that it follows was moved by.
+        For the output of a block, `forward_intermediates` is more exact: it adds to each token the change of the token
+        that it follows.
 
         Args:
-            x: What a hook saw of the tokens present (B, L, C), or of their queries, keys or values (B, H, L, d).
-            block: Block that it is from, where that is not clear.
+            x: Values of the tokens present (B, L, C), or their queries, keys or values (B, H, L, d).
+            block: Block that the values are from, if the number of tokens does not tell it.
 
         Returns:
-            The same of all tokens (B, P + N, C) or (B, H, P + N, d).
+            Values of all tokens (B, P + N, C) or (B, H, P + N, d).
 
         Raises:
-            ValueError: The last forward pass had no such tokens, or several selections of so many.
-            RuntimeError: There was no forward pass within the `with`, or that has ended.
+            ValueError: The last forward pass had no selection with this number of tokens, or several.
+            RuntimeError: There was no forward pass inside the `with`, or the `with` has ended.
         """
         return _spread(x, self._find(x, block), -2)
 
     def gradients(self, x: Tensor, block: int | None = None) -> Tensor:
-        """Gradients: tokens that are one share its gradient equally, so the sum over all is what it was.
+        """Spread gradients: all tokens that follow one token share its gradient equally, so the sum is the same.
 
         Args:
             x: Gradient of the tokens present (B, L, C), or of their queries, keys or values (B, H, L, d).
-            block: Block that it is from, where that is not clear.
+            block: Block that the gradient is from, if the number of tokens does not tell it.
 
         Returns:
             Gradient of all tokens (B, P + N, C) or (B, H, P + N, d).
 
         Raises:
-            ValueError: As of `tokens`.
+            ValueError: As in `tokens`.
+            RuntimeError: As in `tokens`.
         """
         return _share(x, self._find(x, block), -2)
 
     def attention(self, x: Tensor, block: int | None = None) -> Tensor:
-        """Attention maps: tokens that are one look at the same, and share equally what looks at it.
+        """Spread attention maps.
 
-        Rows still sum to 1. A token that follows nothing looks at itself.
+        All tokens that follow one token pay its attention, and share equally the attention that is paid to it. Rows
+        still sum to 1. A token that follows nothing pays attention to itself.
 
         Args:
             x: Attention of the tokens present to each other (B, H, L, L).
-            block: Block that it is from, where that is not clear.
+            block: Block that the attention is from, if the number of tokens does not tell it.
 
         Returns:
             Attention of all tokens to each other (B, H, P + N, P + N).
 
         Raises:
-            ValueError: As of `tokens`.
+            ValueError: As in `tokens`.
+            RuntimeError: As in `tokens`.
         """
         if x.dim() != 4 or x.shape[-1] != x.shape[-2]:
-            raise ValueError(f'x of shape {tuple(x.shape)} is not allowed, attention maps are of shape (B, H, L, L).')
+            raise ValueError(
+                f'x of shape {tuple(x.shape)} is not allowed. Attention maps must be of shape (B, H, L, L).')
         step = self._find(x, block)
         whole = _spread(_share(x, step, -1), step, -2)
         if step is not None and not step.has_representative:
@@ -124,10 +129,10 @@ class WholeGrid:
         return whole
 
     def reshape_transform(self, x: Tensor) -> Tensor:
-        """Feature maps of activations and of their gradients, as pytorch-grad-cam asks for both.
+        """Feature maps of activations and of their gradients, for the argument of this name in pytorch-grad-cam.
 
-        What comes while the blocks run is an activation, see `tokens`. What comes after that is a gradient, see
-        `gradients`, of the activations of the same pass in reverse order.
+        A call while the blocks run is for an activation (see `tokens`). A call after that is for a gradient (see
+        `gradients`). Gradients must come in the reverse order of the activations of the same pass.
 
         Args:
             x: Activations of the tokens present (B, L, C), or their gradient.
@@ -136,7 +141,8 @@ class WholeGrid:
             Feature maps of the patches (B, C, H, W).
 
         Raises:
-            ValueError: As of `tokens`.
+            ValueError: As in `tokens`.
+            RuntimeError: As in `tokens`.
         """
         if self._steps is not self._record.steps:
             self._steps, self._shown, self._num_gradients = self._record.steps, [], 0
@@ -155,34 +161,36 @@ class WholeGrid:
         return whole[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, self._record.grid_of(whole.shape[1]))
 
     def _find(self, x: Tensor, block: int | None) -> Step | None:
-        """The selection that values of tokens are from; None for a whole sequence."""
+        """The selection of the blocks that values are from; None for a whole sequence."""
         if not isinstance(x, Tensor):
             raise TypeError(
-                f'x is a {type(x).__name__}, not a tensor. Of what a block of LeViT returns, take the first.')
+                f'x must be a tensor, not a {type(x).__name__}. Of the tuple that a block of LeViT returns, take the '
+                'first element.')
         record = self._record
         if not record.grids:
             raise RuntimeError(
-                'There is no forward pass to go by: the model has not run within the `with`, or that has ended.')
+                'There is no forward pass to read selections from: the model has not run inside the `with`, or the '
+                '`with` has ended.')
         if block is not None:
             step = self._step_before(block)
         else:
             steps: list[Step | None] = [step for step in record.steps if step.num_tokens == x.shape[-2]]
             if record.running:
                 steps = steps[-1:]
-            # a flat model that runs and has selected has no whole sequence any more
+            # once a flat model has selected, no later block of this pass has the whole sequence
             if self._is_whole(x) and not (steps and record.running and len(record.grids) == 1):
                 steps.append(None)
             if len(steps) > 1:
-                raise ValueError(f'block=None is not clear, say which block x is from: {self._describe()}.')
+                raise ValueError(f'block=None is not clear. Give the block that x is from: {self._describe()}.')
             step = steps[0] if steps else None
         self._check(x, step)
         return step
 
     def _step_before(self, block: int) -> Step | None:
-        """The selection that is open in a block; None where none is."""
+        """The selection whose tokens go through a block; None before the first selection."""
         if block < 0:
-            raise ValueError(f'block={block} is not allowed, it must be the number of a block, from 0.')
-        stage = max(first for first in self._record.grids if first <= block)  # one for all blocks, but of a LeViT
+            raise ValueError(f'block={block} is not allowed. It must be the number of a block, at least 0.')
+        stage = max(first for first in self._record.grids if first <= block)  # only a LeViT has several
         return next((step for step in reversed(self._record.steps) if stage <= step.block <= block), None)
 
     def _is_whole(self, x: Tensor) -> bool:
@@ -190,14 +198,14 @@ class WholeGrid:
         return x.shape[-2] - self._record.num_prefix_tokens in num_patches
 
     def _check(self, x: Tensor, step: Step | None) -> None:
-        """Refuse values that can't be from a selection."""
+        """Check that values can be from a selection."""
         fits = self._is_whole(x) if step is None else (len(step.place), step.num_tokens) == (len(x), x.shape[-2])
         if not fits:
-            where = 'the last forward pass' if step is None else f'block {step.block} or those behind it'
+            where = 'the last forward pass' if step is None else f'block {step.block} or later ones'
             raise ValueError(f'x of shape {tuple(x.shape)} is not from {where}: {self._describe()}.')
 
     def _describe(self) -> str:
-        """How many tokens there were in the last forward pass, for an error."""
+        """The number of tokens in each part of the last forward pass, for an error."""
         record = self._record
         numbers = {first: record.num_prefix_tokens + math.prod(grid) for first, grid in record.grids.items()}
         numbers |= {step.block: step.num_tokens for step in record.steps}
@@ -206,10 +214,10 @@ class WholeGrid:
 
 
 def _spread(x: Tensor, step: Step | None, dim: int) -> Tensor:
-    """Values of the tokens present in the places of all, along a dimension counted from the last."""
+    """Spread values of the tokens present to all tokens, along a dimension counted from the last."""
     if step is None:
         return x
-    if not step.has_representative:  # zero for tokens that follow nothing
+    if not step.has_representative:  # index K: zero for tokens that follow nothing
         x = F.pad(x, [0, 0] * (-1 - dim) + [0, 1])
     shape = [len(step.place)] + [1] * (x.dim() - 1)
     shape[dim] = -1
@@ -217,7 +225,7 @@ def _spread(x: Tensor, step: Step | None, dim: int) -> Tensor:
 
 
 def _share(x: Tensor, step: Step | None, dim: int) -> Tensor:
-    """As `_spread`, in equal parts that have the same sum."""
+    """Spread values as `_spread`, but in equal parts with the same sum."""
     if step is None:
         return x
     number = torch.zeros(len(step.place), step.num_tokens + 1, dtype=x.dtype, device=x.device)

@@ -1,8 +1,9 @@
 """ Attention with sizes
 
-The result is that of `scaled_dot_product_attention` with a mask of one row for all queries: each key counts as many
-times as the tokens that it represents. PyTorch's fastest kernel takes no mask, and the kernel with a mask takes two to
-three times as long. The softmax is summed block by block, as in `FlashAttention` - https://arxiv.org/abs/2205.14135.
+The result is that of `scaled_dot_product_attention` with a mask of one row for all queries. By the mask, each key
+counts as several equal keys: one for each token that it represents. PyTorch's fastest kernel takes no mask, and the
+kernel with a mask takes two to three times as long. The softmax is summed block by block, as in
+`FlashAttention` - https://arxiv.org/abs/2205.14135.
 
 Shapes: B images, H heads of d channels, G heads of keys and values, L tokens.
 """
@@ -71,13 +72,13 @@ def _attend(
 
 @triton_op('timm_evo::attend', mutates_args=())
 def attend(query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, scale: float) -> Tensor:
-    """Attention to keys that count several times.
+    """Attention to keys of different sizes.
 
     Args:
         query: Queries (B, H, T, d), of any strides.
         key: Keys (B, G, L, d); G divides H.
         value: Values (B, G, L, d).
-        log_size: Log of the number of tokens that each key counts for (B, L).
+        log_size: Log of the number of tokens that each key represents (B, L).
         scale: Factor on the products.
 
     Returns:

@@ -1,14 +1,14 @@
 """ Where kernels replace the tensor steps
 
-Kernels run on CUDA devices. The tensor steps are used for the following cases, with the same results up to rounding:
+Kernels run on CUDA devices. In the following cases, the tensor steps run instead, with the same results up to rounding:
 
 - gradients, in either mode, and transforms of `torch.func`, for which kernels have no rules;
 - traces, scripts and exports, which must run without Triton;
 - tensors of subclasses, such as shards;
 - other dtypes than float32, float16 and bfloat16.
 
-The environment variable `TIMM_EVO_KERNELS` changes this: with `0`, kernels never run; with `1`, they run wherever they
-can, on a CPU in Triton's interpreter, too, if `TRITON_INTERPRET=1` was set before the start.
+The environment variable `TIMM_EVO_KERNELS` changes this. With `0`, kernels never run. With `1`, they run wherever they
+can: also on a CPU in Triton's interpreter, if `TRITON_INTERPRET=1` was set before Python started.
 """
 import functools
 import importlib.util
@@ -28,7 +28,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def can_run(x: Tensor) -> bool:
     """Whether kernels may compute with a tensor."""
-    if not isinstance(x, Tensor) or not is_wanted(x):  # symbolic tracing has other objects
+    if not isinstance(x, Tensor) or not is_wanted(x):  # in symbolic tracing it is not a tensor
         return False
     return (
         x.dtype in _DTYPES
@@ -47,7 +47,7 @@ def is_differentiated(*tensors: Tensor) -> bool:
 
 
 def is_wanted(x: Tensor) -> bool:
-    """Whether a tensor's device and `TIMM_EVO_KERNELS` allow the steps for GPUs."""
+    """Whether a tensor's device and `TIMM_EVO_KERNELS` allow steps that are made for GPUs."""
     return _setting() != '0' if x.is_cuda else _setting() == '1'
 
 
@@ -89,10 +89,10 @@ def _is_available(device: torch.device) -> bool:
 
 @functools.cache
 def _can_launch(device: torch.device) -> bool:
-    """Whether there are Triton, a torch that takes its kernels as operators, and a device that can run them."""
+    """Whether Triton is installed, torch can make operators of its kernels, and the device can run them."""
     if not hasattr(torch.library, 'triton_op') or importlib.util.find_spec('triton') is None:
         return False
-    has_values = device.type != 'cuda' or torch.cuda.is_available()  # otherwise tensors are fake, without values
+    has_values = device.type != 'cuda' or torch.cuda.is_available()  # otherwise tensors on a CUDA device are fake
     if os.environ.get('TRITON_INTERPRET') == '1':
         if not has_values:
             return False

@@ -50,7 +50,7 @@ def _attention_kernel(
         HAS_BIASES: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_SCORES: tl.constexpr, IS_WHOLE: tl.constexpr,
         BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """One block of queries of a head. Its logits are computed once if all keys are one block, else twice."""
+    """One block of queries of a head. Its logits are computed once if all keys fit into one block, otherwise twice."""
     TOKEN: tl.constexpr = H * KEY_WIDTH
     image = (tl.program_id(1) // H).to(tl.int64)
     head = tl.program_id(1) % H
@@ -71,7 +71,7 @@ def _attention_kernel(
             positions += image * num_placed
             place = tl.load(positions + i, mask=is_placed, other=0).to(tl.int32)
     if HAS_SCORES:
-        num_sums = tl.cdiv(num_paying, BLOCK_M)  # per head; later programs have no queries that count
+        num_sums = tl.cdiv(num_paying, BLOCK_M)  # per head; the queries of later programs do not count
         paid += ((image * H + head) * num_sums + tl.program_id(0)) * num_scored
         is_stored = tl.program_id(0) < num_sums
     v = tl.arange(0, BLOCK_V)
@@ -146,7 +146,7 @@ def levit_attention(
         key_dim: Channels of queries and keys d.
         val_dim: Channels of values v.
         scale: Factor on the products.
-        biases: Biases by relative position (H, R), if any.
+        biases: Biases by relative position (H, R), if there are any.
         index: Entry of `biases` for each query and key of the whole grid (N or M, N).
         positions: Positions of the tokens present (B, K), without a representative one, which has no bias; None if
             these are the whole grid, in its order.

@@ -266,16 +266,16 @@ def _gather_kernel(
 
 @triton_op('timm_evo::gather_with_representative', mutates_args=())
 def gather_with_representative(x: Tensor, present: Tensor, weight: Tensor, with_representative: bool) -> Tensor:
-    """The tokens that go through the blocks: `gather_tokens` and `representative_token` of `method` in one launch.
+    """The tokens for the blocks: `gather_tokens` and `representative_token` of `method` in one launch.
 
     Args:
         x: Full sequence (B, P + N, C).
         present: Positions of prefix and slow tokens (B, P + K).
-        weight: Weight of each token in the representative one (B, P + N) in float32.
-        with_representative: Whether there is one.
+        weight: Weight of each token in the representative token (B, P + N) in float32.
+        with_representative: Whether a representative token is computed.
 
     Returns:
-        Prefix, slow tokens and the representative one (B, P + K + 1, C), or without that.
+        Prefix, slow tokens and the representative token (B, P + K + 1, C), or (B, P + K, C) without it.
     """
     batch_size, num_tokens, num_channels = x.shape
     num_present = present.shape[1]

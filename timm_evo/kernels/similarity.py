@@ -1,7 +1,7 @@
-""" An event of `method.similarity` in four launches, or in one for one small image; and the way back to the grid
+""" The steps of `method.similarity` in four launches, or in one for one small image, and the return to the whole grid
 
-Shapes: B images, P prefix tokens, N patch tokens present, L = P + N, C channels, S = ceil(N / 2) tokens that may go,
-R that go, K = L - R that are left.
+Shapes: B images, P prefix tokens, N patch tokens present, L = P + N, C channels, S = ceil(N / 2) tokens that may be
+averaged into others, R tokens that are, K = L - R tokens that remain.
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
@@ -109,7 +109,7 @@ def _one_launch_kernel(
 
 
 def is_small(batch_size: int, num_patches: int, num_channels: int) -> bool:
-    """Whether an event takes one launch: for one image of few tokens. One program is slower than many side by side."""
+    """Whether an event takes one launch. For larger images or batches, one program is slower than many in parallel."""
     return batch_size == 1 and num_patches <= 256 and num_channels <= 1024
 
 
@@ -127,26 +127,29 @@ def average_alike(
         num_prefix: int,
         width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Average the patch tokens that another can stand for best into it: `match_tokens` to `average_tokens` in one.
+    """Average the most similar patch tokens: from `match_tokens` to `average_tokens` of `method.similarity`.
 
     Args:
-        x: Tokens (B, L, C).
-        features: What tells who is alike, of the shape of the tokens; None for the tokens as they leave a LayerNorm.
-        weight: Weight of that LayerNorm (C,), if it has one.
-        bias: Its bias (C,), if it has one.
-        eps: Its epsilon.
-        feature_dtype: In what numbers features are compared.
-        size: How many tokens each one counts (B, L) in float32; None for one each.
-        present: Positions of the tokens in the whole sequence (B, L); None for all, in order.
-        num_gone: Number of patch tokens that go R, of which there are S at most.
+        x: Tokens present (B, L, C).
+        features: Features of the tokens, which are compared (B, L, C); None for the output of a LayerNorm.
+        weight: Weight of this LayerNorm (C,), if it has one.
+        bias: Bias of this LayerNorm (C,), if it has one.
+        eps: Epsilon of this LayerNorm.
+        feature_dtype: Dtype in which features are compared.
+        size: Number of tokens that each token represents (B, L) in float32; None for one each.
+        present: Positions of the tokens in the whole sequence (B, L); None for the whole sequence.
+        num_gone: Number R of patch tokens that are averaged into others, at most S.
         num_prefix: Number of prefix tokens P.
-        width: Width of the grid, if the patch tokens are a whole one; 0 if not.
+        width: Width of the grid, if the patch tokens are a whole grid, otherwise 0.
 
     Returns:
-        Tokens (B, K, C); how many tokens each one counts (B, K) in float32; the log of that in the type of the tokens;
-        their positions in the whole sequence, in order (B, K); for each token so far, the position of the one that it
-        follows among those left (B, L) in int32; positions so far of the tokens that go (B, R), and of those that they
-        go into (B, R).
+        Tokens that remain (B, K, C).
+        Number of tokens that each of these represents (B, K) in float32.
+        Log of this number (B, K), in the dtype of the tokens.
+        Positions of the remaining tokens in the whole sequence, in order (B, K).
+        For each token before, the position among the remaining tokens of the token that it follows (B, L), in int32.
+        Positions of the tokens that are averaged into others (B, R).
+        Positions of the tokens that they are averaged into (B, R).
     """
     batch_size, num_tokens, num_channels = x.shape
     num_patches = num_tokens - num_prefix
@@ -169,7 +172,7 @@ def average_alike(
     size_after = empty(batch_size, num_left, dtype=torch.float32)
     log_size = empty(batch_size, num_left, dtype=x.dtype)
 
-    # where something is absent, anything that is there stands for its address
+    # kernels need an address for each argument; one that is absent is not read
     weight_or, bias_or = (unit if part is None else part for part in (weight, bias))
     size_or = least if size is None else size.contiguous()
     present_or = present_after if present is None else present.contiguous()
@@ -232,16 +235,16 @@ def _follow_kernel(
 
 @triton_op('timm_evo::follow_averages', mutates_args=())
 def follow_averages(before: Tensor, averages: Tensor, tokens: Tensor, follows: Tensor) -> Tensor:
-    """Give the tokens back that went into averages, as `method.similarity.follow_averages`.
+    """Restore the tokens that were averaged into others, as `method.similarity.follow_averages`.
 
     Args:
-        before: Tokens before some went into others (B, L, C).
+        before: Tokens before they were averaged (B, L, C).
         averages: Tokens right after that (B, K, C).
-        tokens: Tokens now (B, K, C).
-        follows: Position of the one that each follows (B, L) in int32.
+        tokens: Tokens after some blocks (B, K, C).
+        follows: Position of the token that each token follows (B, L), in int32.
 
     Returns:
-        Tokens now, all of them (B, L, C).
+        All tokens after these blocks (B, L, C).
     """
     batch_size, num_before, num_channels = before.shape
     out = torch.empty_like(before, memory_format=torch.contiguous_format)

@@ -1,9 +1,9 @@
-""" The steps of an event of `method.similarity` on blocks of tokens, for the kernels of `similarity`
+""" The steps of `method.similarity` on blocks of tokens, for the kernels of `similarity`
 
-They are those of `match_tokens`, `places_after` and `average_tokens` there, in this order: features of length one, the
-best match of each token that may go, who goes and where all are then, averages. Between them their results are in
-memory, so the same functions serve one kernel for each step, and one kernel that does all for an image. Of equal losses
-the first counts as least; one that is no number counts as infinite.
+They compute `match_tokens`, `places_after` and `average_tokens` in this order: features of length one; the best match
+of each token that may be averaged into another; which tokens are averaged, and the positions after that; the averages.
+Results are in memory between the steps. So there can be one kernel for each step, or one kernel with all steps for an
+image. Of equal losses, the first is the least; a NaN counts as infinite.
 
 Shapes are those of `similarity`.
 """
@@ -20,7 +20,7 @@ __all__ = ['averages_of', 'best_matches', 'decide', 'unit_features']
 
 @triton.jit
 def _place(i, width):
-    """Every second patch token, and how far it is shifted to be as on a checkerboard of a width, if that is not 0."""
+    """Every second patch token, and its shift to a checkerboard if the width of the grid is not 0."""
     even = 2 * i
     return even, tl.where(width > 0, (even // tl.maximum(width, 1)) % 2 * (1 - width % 2), 0)
 
@@ -31,7 +31,7 @@ def unit_features(
         HAS_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Normalise some rows (rows, C) by a LayerNorm, if there is one, and to length one."""
+    """Apply a LayerNorm, if there is one, to some rows (rows, C), and scale them to length one."""
     row = first + tl.arange(0, BLOCK_R)
     channel = tl.arange(0, BLOCK_C)
     is_channel = channel < num_channels
@@ -56,7 +56,7 @@ def best_matches(
         features, size, least, nearest, first, num_patches, num_channels, num_prefix, width,
         HAS_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Find for some tokens of an image that may go the one that each would best go into, and what is lost then."""
+    """Find the best match of some tokens of an image that may be averaged into others, and the loss of each."""
     num_sources = (num_patches + 1) // 2
     num_targets = num_patches // 2
     i = first + tl.arange(0, BLOCK_M)
@@ -99,7 +99,7 @@ def decide(
         num_tokens, num_patches, num_prefix, num_gone, width,
         HAS_PRESENT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
-    """Say which tokens of an image go, where the others are then, and whom each follows."""
+    """Choose the tokens of an image that are averaged into others, and find all positions after that."""
     num_sources = (num_patches + 1) // 2
     i = tl.arange(0, BLOCK_S)
     is_source = i < num_sources
@@ -145,7 +145,7 @@ def averages_of(
         num_left, num_patches, num_channels, num_prefix, width,
         HAS_SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Average into some tokens of an image that are left those that go into them, in the order of the grid."""
+    """Average tokens into some of the remaining tokens of an image, in the order of the grid."""
     num_sources = (num_patches + 1) // 2
     t = first + tl.arange(0, BLOCK_T)
     is_left = t < num_left
@@ -188,7 +188,7 @@ def averages_of(
         lengths += weight * tl.sqrt(tl.sum(values * values, 1))
     mean = summed / total[:, None]
     kept = tl.sqrt(tl.sum(mean * mean, 1)) / tl.maximum(lengths / total, 1e-12)
-    kept = tl.maximum(kept, 0.01)  # opposite tokens, or all zero, are left as they are
+    kept = tl.maximum(kept, 0.01)  # limit for opposite tokens, whose mean is small
     is_average = num_members > 0
     values = tl.where(is_average[:, None], mean / kept[:, None], own)
     size_now = tl.where(is_average, total * kept, own_size)

@@ -1,7 +1,7 @@
 """ A mask that computes the attention itself
 
-timm's blocks pass a mask to `scaled_dot_product_attention`, which first calls the mask's `__torch_function__`, as for
-PyTorch's own `CausalBias`. So the blocks are unchanged, and all other functions get a plain tensor.
+timm's blocks pass their mask to `scaled_dot_product_attention`, which calls the mask's `__torch_function__` first, as
+it does for PyTorch's own `CausalBias`. So the blocks are unchanged, and all other functions get a plain tensor.
 """
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ __all__ = ['SizeMask']
 
 
 class SizeMask(Tensor):
-    """Log of the number of tokens that each key counts for (B, 1, 1, L), which is added to the logits."""
+    """Log of the number of tokens that each key represents (B, 1, 1, L), which is added to the logits."""
 
     @classmethod
     def of(cls, log_size: Tensor) -> Tensor:
-        """The mask for log sizes (B, L). Tensors of a subclass, such as those without values, give a plain mask."""
+        """The mask for log sizes (B, L). For tensors of a subclass, such as `FakeTensor`, the mask is plain."""
         mask = log_size.unsqueeze(1).unsqueeze(1)
         return mask.as_subclass(cls) if type(mask) is Tensor else mask
 
@@ -43,10 +43,10 @@ def _attend(
 ) -> Tensor:
     """See `torch.nn.functional.scaled_dot_product_attention`."""
     attn_mask = attn_mask.view(attn_mask.shape)  # a plain tensor
-    if torch.is_autocast_enabled(query.device.type):  # it only casts arguments of PyTorch's operators
+    if torch.is_autocast_enabled(query.device.type):  # autocast casts only arguments of PyTorch's operators
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) if x.dtype == torch.float32 else x for x in (query, key, value))
-    # a mask is made only where kernels can run; only gradients and kinds of tensors may have changed since
+    # `can_run` was true when the mask was made; since then, only gradients and kinds of tensors may have changed
     if dropout_p or is_causal or is_differentiated(query, key, value) or not (
             type(query) is type(key) is type(value) is Tensor and query.dtype == key.dtype == value.dtype
             and query.dim() == 4 and query.shape[3] == value.shape[3] <= 128):

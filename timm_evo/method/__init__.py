@@ -1,1 +1,1 @@
-""" The method: schedules, and steps on tensors. Nothing here knows a model. """
+""" The method: schedules, and steps on tensors. Nothing here depends on a model. """

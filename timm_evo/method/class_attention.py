@@ -58,7 +58,7 @@ def class_products(
 ) -> Tensor:
     """Products of the query of the class token with the keys of all tokens.
 
-    Half precision is converted to float32, because large products would overflow.
+    Half precision is converted to float32, because large products would overflow in it.
 
     Args:
         query: Query of the class token, one per head (B, H, d).
@@ -76,7 +76,7 @@ def class_products(
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     if rotation is None:
         return (key * query).sum(dim=3)  # matmul copies the keys, which takes three times as long
-    # rotate the query back by the position of each token: this takes fewer steps than rotating the keys
+    # rotating the query back by the position of each token takes fewer steps than rotating the keys
     sin, cos = rotation.chunk(2, dim=-1)
     turned = apply_rot_embed_cat(query, torch.cat([-sin, cos], dim=-1), half=rotate_half)
     return torch.cat([
@@ -137,7 +137,7 @@ def mean_attention(attention: Tensor, num_heads: int, num_tokens: int, class_tok
     if attention.shape[2] > num_tokens:  # there is a representative token, the last in rows and columns
         attention = attention[:, :num_tokens, :num_tokens]
     num_queries = 1 if class_token else attention.shape[1]
-    # one dimension at a time: both at once take eight times as long on a CPU
+    # one dimension at a time, because both at once take eight times as long on a CPU
     paid = attention[:, 0] if class_token else attention.sum(dim=1, dtype=dtype)
     paid = paid.view(num_heads, paid.shape[0] // num_heads, num_tokens).sum(dim=0, dtype=dtype)
     return paid / (num_queries * num_heads)

@@ -50,8 +50,8 @@ def global_class_attention(
 ) -> Tensor:
     """Update the scores of the tokens in a block: A <- (1 - alpha) A + alpha a.
 
-    Paper: global class attention, section "Structure preserving token selection". Prefix tokens also have scores, so
-    that one index serves tokens and scores. Nothing reads them.
+    Paper: global class attention, section "Structure preserving token selection". Prefix tokens also have scores, which
+    nothing reads, so that tokens and scores have the same index.
 
     Args:
         scores: Scores of these tokens before the update (B, P + K); None for the first block.
@@ -110,7 +110,7 @@ def representative_token(x: Tensor, scores: Tensor, slow: Tensor) -> Tensor:
         Representative token (B, 1, C).
     """
     weight = scores.scatter(1, slow, 0.)
-    # at least about the smallest float32, because the scores of all placeholders can underflow to zero
+    # about the smallest float32 at least, because the scores of all placeholders can underflow to zero
     weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-37)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
@@ -176,7 +176,7 @@ class ByClassAttention(Selector):
     def whole(self, x: Tensor) -> Tensor:
         if self._begun is None or self.present is None:
             return x
-        if self._place is None or is_differentiated(x):  # kernels may have selected, but a later block is trained
+        if self._place is None or is_differentiated(x):  # kernels may have selected before a block that is trained
             return follow(self._begun[0], x, self.present, self._representative)
         return launch('follow', self._begun[0], x, self._place, self._entered, self.present.shape[1])
 
@@ -209,7 +209,7 @@ class ByClassAttention(Selector):
         return torch.cat([tokens, self._representative], dim=1)
 
     def _select_by_kernels(self, block: int, x: Tensor, scores: Tensor) -> Tensor:
-        """Do the same as `_select`, with kernels."""
+        """Select as `_select`, with kernels."""
         num_slow = count_slow(self.schedule.keep_ratio[block], x.shape[1] - self.num_prefix_tokens)
         present, self._place, weight, present_scores = launch(
             'select_tokens', scores, num_slow, self.num_prefix_tokens)

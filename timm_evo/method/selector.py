@@ -1,4 +1,4 @@
-""" What a model asks before each of its blocks """
+""" The interface of selections, which a model uses before each of its blocks """
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -10,36 +10,36 @@ from .schedule import Schedule
 
 
 class Record(Protocol):
-    """Who is told what is selected."""
+    """An object that gets each selection of a forward pass."""
 
-    outer: 'Record | None'  # who was told already
+    outer: 'Record | None'  # an earlier record of the same model, which gets the selections, too
 
     def forward_pass(self, grids: dict[int, tuple[int, int]]) -> AbstractContextManager[None]:
-        """Around the blocks; height and width of the grid of patches, by the number of the first block that has it."""
+        """A context for the blocks. `grids` has height and width of the grid, by the first block that has this grid."""
         ...
 
     def note_selected(self, block: int, slow: Tensor, scores: Tensor, has_representative: bool) -> None:
-        """Before this block: positions of prefix and slow tokens (B, P + K), by scores of all tokens (B, P + N)."""
+        """Note a published selection: positions of prefix and slow tokens (B, P + K), scores of all (B, P + N)."""
 
     def note_averaged(self, block: int, goes: Tensor, into: Tensor, num_tokens: int) -> None:
-        """Before this block: which of so many tokens present go (B, R), and into which others (B, R)."""
+        """Note a selection by similarity: tokens that are averaged (B, R), and those that they go into (B, R)."""
 
 
 class Selector:
-    """Which tokens go through the blocks of a model, in one forward pass.
+    """Selects the tokens that go through the blocks of a model, in one forward pass.
 
-    The model asks it before each block for the tokens that `enter` it, and calls the block with these, their `rotation`
-    and their `attn_mask`. Where it `listens`, it is to `hear` the class attention of the block. At any time it gives
-    the `whole` grid. A kind of selection provides `_select` and `whole`.
+    Before each block, the model calls `enter` to get the tokens of the block. It calls the block with these tokens,
+    their `rotation` and their `attn_mask`. If `listens` is true for the block, the model passes the class attention of
+    the block to `hear`. At any time, `whole` gives the whole grid. A kind of selection provides `_select` and `whole`.
 
     Attributes:
-        schedule: What each block has to do.
+        schedule: Schedule of the blocks.
         num_prefix_tokens: Number of prefix tokens P.
-        present: Positions in the whole sequence of the tokens present but a representative one (B, P + K); None where
-            all are, or where nothing needs them.
-        rotation: Rotations of the tokens present but the prefix, as timm's blocks take them; None where there are none.
-        attn_mask: What attention adds to its logits (B, 1, 1, L); None for nothing.
-        record: Who is told what is selected, if anybody.
+        present: Positions in the whole sequence of the tokens present without a representative token (B, P + K); None
+            if all tokens are present, or if nothing needs the positions.
+        rotation: Rotations of the tokens present without the prefix, as timm's blocks take them; None without any.
+        attn_mask: Mask that attention adds to its logits (B, 1, 1, L); None without a mask.
+        record: Object that gets each selection, if any.
     """
     present: Tensor | None = None
     rotation: Tensor | None = None
@@ -53,18 +53,18 @@ class Selector:
         self.num_prefix_tokens = num_prefix_tokens
 
     def rotate(self, rope: Tensor, is_mixed: bool) -> None:
-        """Have the tokens rotated.
+        """Set the rotations of the tokens.
 
         Args:
             rope: Rotations of all patch tokens, see `class_attention`.
-            is_mixed: Whether each block has its own of these.
+            is_mixed: Whether each block has its own rotations.
         """
         self._rope, self._is_rope_mixed = rope, is_mixed
         if not is_mixed:
             self.rotation = rope
 
     def enter(self, block: int, x: Tensor) -> Tensor:
-        """The tokens that enter a block (B, L, C), from those that have left the block before it."""
+        """Tokens that enter a block (B, L, C), from the output of the block before it."""
         begins = self.schedule.begins[block]
         if begins:
             x = self._select(block, x)
@@ -79,19 +79,19 @@ class Selector:
         return self.schedule.scored[block]
 
     def hear(self, block: int, attention: Tensor) -> None:
-        """Take the class attention of a block that it `listens` to: that of all tokens present (B, L)."""
+        """Update the scores with the class attention of a block for all tokens present (B, L), see `listens`."""
         raise NotImplementedError
 
     def whole(self, x: Tensor) -> Tensor:
-        """All tokens (B, P + N, C), prefix first and patches in grid order, from those that have left a block."""
+        """All tokens (B, P + N, C), prefix first and patches in grid order, from the output of a block."""
         raise NotImplementedError
 
     def _select(self, block: int, x: Tensor) -> Tensor:
-        """Select the tokens for the blocks from this one on, where a segment begins, see `enter`."""
+        """Select the tokens for the segment that begins at this block, see `enter`."""
         raise NotImplementedError
 
     def _has_representative(self) -> bool:
-        """Whether the last token present is a representative one."""
+        """Whether the last token present is a representative token."""
         return False
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 def is_one_image(batch_size: int) -> bool:
     """Whether the batch is known to have one image, which needs fewer steps.
 
-    In a trace, an export or a compiler with a dynamic batch size, the comparison gives no bool. Converting it to one
-    would fix the size.
+    In a trace, an export or a compiler with a dynamic batch size, the result of the comparison is not a bool. A
+    conversion to a bool would fix the size.
     """
     return (batch_size == 1) is True
 
@@ -50,9 +50,9 @@ def count_left(share: float, num_patches: int, num_prefix_tokens: int, num_prese
         num_patches: Number of patch tokens of the image N.
         num_prefix_tokens: Number of prefix tokens P.
         num_present: Number of patch tokens before. At most half of them, rounded up, are averaged into others.
-        is_aligned: Whether prefix and remaining tokens should be a multiple of 8, because attention with a mask then
-            takes half of the time on a GPU. The cost changes by less than 3%. It would change by more in a grid of
-            less than 128 patches, so these are not aligned.
+        is_aligned: Whether the number of prefix and remaining tokens should be a multiple of 8, because attention with
+            a mask then takes half of the time on a GPU. The cost changes by less than 3%. It would change by more in a
+            grid of fewer than 128 patches, which is not aligned.
 
     Raises:
         ValueError: No patch token would remain.

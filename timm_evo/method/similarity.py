@@ -1,15 +1,14 @@
-""" Selection by similarity: its steps on tensors, and the object that takes them in a forward pass
+""" Selection by similarity: its steps on tensors, and the selector that runs them in a forward pass
 
-For weights that were trained without token evolution. Before some blocks, the patch tokens that another one can stand
-for best are averaged into it, and follow it from then on: each is what it was then, moved by what its average was moved
-by since, the one rule of `published.follow`. To average tokens that are alike is the idea of `Token Merging: Your ViT
-But Faster` - https://arxiv.org/abs/2210.09461; that they follow, so that the grid stays whole, is that of Evo-ViT.
-Nothing here knows a model.
+It is for weights that were trained without token evolution. Before some blocks, the most similar patch tokens are
+averaged into others. From then on, each averaged token follows its average: the change of the average is added to the
+token, by the same rule as in `published.follow`. Averaging similar tokens is the idea of `Token Merging: Your ViT But
+Faster` - https://arxiv.org/abs/2210.09461. Following, which keeps the grid whole, is the idea of Evo-ViT.
 
-Each step is one node to symbolic tracing, as in `published`.
+Symbolic tracing sees each step as one node, as in `published`.
 
-Shapes: B images, P prefix tokens, L tokens present, the prefix first and the patches in grid order, R of them that go
-into others, C channels. Positions count from the first prefix token.
+Shapes: B images, P prefix tokens, L tokens present, R of them that are averaged into others, C channels. Sequences have
+the prefix first and then the patches in grid order. Positions count from the first prefix token.
 """
 from typing import NamedTuple, Protocol
 
@@ -25,11 +24,11 @@ from .sequences import count_left, gather_tokens
 
 
 def _places(num_patches: int, width: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every second patch token, and those between; as on a checkerboard, if they are a grid of this width."""
+    """Positions of every second patch token, and of the others; as on a checkerboard in a grid of this width."""
     even = torch.arange(0, num_patches, 2, device=device)
     if width is None:
         return even, even[:num_patches // 2] + 1
-    # a row of even width begins as the one before it, unless shifted; no branch, because an export may leave it open
+    # in a grid of even width, every second row is shifted; no branch, because an export may have a dynamic width
     shift = even // width % 2 * (1 - width % 2)
     return even + shift, (even + 1 - shift)[:num_patches // 2]
 
@@ -37,8 +36,8 @@ def _places(num_patches: int, width: int | None, device: torch.device) -> tuple[
 def _lengths(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Lengths (B, L) of tokens (B, L, C)."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        # takes no longer in compiled code; in an ONNX file, tools know the shape of a sum but not of a norm
-        return x.to(dtype).square().sum(dim=2).clamp(min=1e-37).sqrt()  # which has no gradient at zero
+        # tools for ONNX files know the shape of a sum but not of a norm; in compiled code both take the same time
+        return x.to(dtype).square().sum(dim=2).clamp(min=1e-37).sqrt()  # the root has no gradient at zero
     return torch.linalg.vector_norm(x, dim=2, dtype=dtype)
 
 
@@ -52,37 +51,37 @@ def match_tokens(
         width: int | None,
         is_aligned: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Choose the patch tokens that go, and for each the one that it goes into.
+    """Choose the patch tokens that are averaged into others, and for each of them the other token.
 
-    Every second token may go, into one of those between (ToMe, section "Bipartite soft matching"). What an average
-    loses of both is a b / (a + b) |x_a - x_b|^2 for sizes a and b (Ward, 1963); least is lost first.
+    Every second token may be averaged into one of the others (ToMe, section "Bipartite soft matching"). An average of
+    two tokens of sizes a and b has the loss a b / (a + b) |x_a - x_b|^2 (Ward, 1963). The least losses are chosen.
 
     Args:
-        features: What tells who is alike (B, L, C); only its direction counts.
-        size: How many tokens each one counts (B, L); None for one each, as in a whole grid.
-        share: Share of the patch tokens of the image that are left.
+        features: Features of the tokens, of which only the direction is compared (B, L, C).
+        size: Number of tokens that each token represents (B, L); None for one each, as in a whole grid.
+        share: Share of the patch tokens of the image that remain.
         num_patches: Number of patch tokens of the image N.
-        num_prefix_tokens: Number of prefix tokens P, which stay.
-        width: Width of the grid, if the patch tokens are a whole one: then as on a checkerboard.
+        num_prefix_tokens: Number of prefix tokens P, which all remain.
+        width: Width of the grid, if the patch tokens are a whole grid. The tokens are then split as on a checkerboard.
         is_aligned: See `count_left`.
 
     Returns:
-        Positions of the tokens that go (B, R), R such that `count_left` patch tokens are left.
-        Positions of those that they go into (B, R).
+        Positions of the tokens that are averaged into others (B, R). R is such that `count_left` patch tokens remain.
+        Positions of the tokens that they are averaged into (B, R).
 
     Raises:
-        ValueError: No patch token would be left.
+        ValueError: No patch token would remain.
     """
     num_present = features.shape[1] - num_prefix_tokens
     num_left = count_left(share, num_patches, num_prefix_tokens, num_present, is_aligned)
-    if num_present == 1:  # a grid of so few patches that there is no other to go into
+    if num_present == 1:  # a token alone has no other to be averaged into
         nowhere = torch.zeros(features.shape[0], 0, dtype=torch.int64, device=features.device)
         return nowhere, nowhere
     features = features if features.dtype == torch.float64 else features.float()
     features = features[:, num_prefix_tokens:]
     features = features / _lengths(features, features.dtype).clamp(min=1e-12).unsqueeze(2)
     source, target = _places(num_present, width, features.device)
-    if width is None:  # slices, which copy nothing
+    if width is None:  # slices do not copy
         sources, targets = features[:, ::2], features[:, 1::2]
     else:
         sources, targets = features.index_select(1, source), features.index_select(1, target)
@@ -91,7 +90,7 @@ def match_tokens(
     if size is not None:
         inverse = size[:, num_prefix_tokens:].reciprocal()
         loss = loss / (inverse[:, ::2].unsqueeze(2) + inverse[:, 1::2].unsqueeze(1))
-    nearest = loss.argmin(dim=2)  # not `min`, whose shape in an ONNX file tools do not know
+    nearest = loss.argmin(dim=2)  # not `min`, because tools for ONNX files do not know its shape
     least = loss.gather(2, nearest.unsqueeze(2)).flatten(1)
     goes = least.topk(num_present - num_left, dim=1, largest=False, sorted=False)[1]
     return source[goes] + num_prefix_tokens, target[nearest.gather(1, goes)] + num_prefix_tokens
@@ -99,23 +98,23 @@ def match_tokens(
 
 @torch.fx.wrap
 def places_after(goes: Tensor, into: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Where tokens are once some have gone into others.
+    """Positions of the tokens after some were averaged into others.
 
     Args:
-        goes: Positions of the tokens that go (B, R).
-        into: Positions of those that they go into (B, R).
-        num_tokens: Number of tokens so far L.
+        goes: Positions of the tokens that are averaged into others (B, R).
+        into: Positions of the tokens that they are averaged into (B, R).
+        num_tokens: Number of tokens before L.
 
     Returns:
-        Positions so far of the tokens that are left, in order (B, L - R).
-        For each token so far, the position of the one that it follows among those (B, L).
+        Earlier positions of the remaining tokens, in order (B, L - R).
+        For each earlier token, the position among the remaining tokens of the token that it follows (B, L).
     """
-    # torch 2.5 exports no new tensor of any batch size to ONNX, so one row is expanded
+    # one row is expanded, because torch 2.5 cannot export a new tensor of a dynamic batch size to ONNX
     stays = goes.new_ones(1, num_tokens).expand(goes.shape[0], num_tokens).scatter(1, goes, 0)
     place = stays.cumsum(dim=1) - 1
-    # tokens that go would write where another one is, so they write to one place more, which is cut off
+    # tokens that do not remain have no own position, so they write to an additional one, which is cut off
     num_left = num_tokens - goes.shape[1]
-    one_more = (place[:, -1:] + 1).expand_as(goes)  # no number, which ONNX takes for a constant
+    one_more = (place[:, -1:] + 1).expand_as(goes)  # not a number, which would be a constant in ONNX
     order = torch.arange(num_tokens, device=goes.device).expand(goes.shape[0], num_tokens)
     left = torch.zeros(goes.shape[0], num_left + 1, dtype=torch.int64, device=goes.device)
     left = left.scatter(1, place.scatter(1, goes, one_more), order)[:, :num_left]
@@ -130,21 +129,22 @@ def average_tokens(
         into: Tensor,
         left: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Average tokens into those that stay.
+    """Average tokens into those that remain.
 
-    An average of directions is shorter than what it is of, which a network has never seen, so it is brought to their
-    mean length. It counts as many tokens as make it their sum: less than their number, the less they are alike.
+    The average of tokens with different directions is shorter than the tokens. A network was not trained with such
+    short tokens, so the average is scaled to their mean length. Its size is scaled by the inverse factor, so that size
+    times token is still the sum. The less similar the tokens are, the smaller is the size.
 
     Args:
         x: Tokens present (B, L, C).
-        size: How many tokens each one counts (B, L); None for one each.
-        goes: Positions of the tokens that go (B, R).
-        into: Positions of those that they go into (B, R).
-        left: Positions of those that stay (B, L - R).
+        size: Number of tokens that each token represents (B, L); None for one each.
+        goes: Positions of the tokens that are averaged into others (B, R).
+        into: Positions of the tokens that they are averaged into (B, R).
+        left: Positions of the tokens that remain (B, L - R).
 
     Returns:
-        Tokens (B, L - R, C).
-        Their sizes (B, L - R), in float32 or wider, without a gradient, as counts have none.
+        Tokens that remain (B, L - R, C).
+        Their sizes (B, L - R) in float32 or wider. They have no gradient.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if size is None:
@@ -153,7 +153,7 @@ def average_tokens(
     length_gone = _lengths(x_gone, wide)
     length_into = _lengths(x_into, wide)
 
-    # one average for each token that goes, of all that go into the same one, so those of one average come out equal
+    # One average for each token of `goes`, over all tokens with the same target. Those with the same target are equal.
     size_into = size.gather(1, into)
     weight = (into.unsqueeze(2) == into.unsqueeze(1)) * size.gather(1, goes).unsqueeze(1)
     total = size_into + weight.sum(dim=2)
@@ -161,10 +161,10 @@ def average_tokens(
     mean = x_into * own.to(x.dtype).unsqueeze(2) + weight.to(x.dtype).bmm(x_gone)
     mean_length = length_into * own + (weight * length_gone.unsqueeze(1)).sum(dim=2)
     length = _lengths(mean, wide)
-    kept = (length / mean_length.clamp(min=1e-12)).clamp(min=0.01)  # opposite tokens, or all zero, are left as they are
+    kept = (length / mean_length.clamp(min=1e-12)).clamp(min=0.01)  # limit for opposite tokens, whose mean is small
     mean = mean * kept.reciprocal().to(x.dtype).unsqueeze(2)
 
-    # they stand behind all tokens, and are taken from there in the place of what they are averages of
+    # the averages are appended to the tokens, and then gathered at the positions of their targets
     position = torch.arange(x.shape[1] + goes.shape[1], device=x.device).expand(x.shape[0], -1)
     taken = position[:, :x.shape[1]].scatter(1, into, position[:, x.shape[1]:]).gather(1, left)
     averages = gather_tokens(torch.cat([x, mean.to(x.dtype)], dim=1), taken)
@@ -173,52 +173,52 @@ def average_tokens(
 
 @torch.fx.wrap
 def size_mask(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What attention adds to its logits so that a token is looked at like as many as it counts (B, 1, 1, L).
+    """Mask that attention adds to its logits, so that a token counts as several equal tokens (B, 1, 1, L).
 
-    ToMe, section "Tracking token size".
+    Paper: ToMe, section "Tracking token size".
     """
     return None if size is None else size.log().to(dtype).unsqueeze(1).unsqueeze(1)
 
 
 @torch.fx.wrap
 def follow_averages(x: Tensor, averages: Tensor, tokens: Tensor, follows: Tensor) -> Tensor:
-    """Give the tokens back that went into averages.
+    """Restore the tokens that were averaged into others.
 
-    As `published.follow`: a token is what it was, moved by what the one that it follows was moved by since.
+    As in `published.follow`, the change of the followed token is added to each token.
 
     Args:
-        x: Tokens before some went into others (B, L, C).
+        x: Tokens before some were averaged (B, L, C).
         averages: Tokens right after that (B, K, C).
-        tokens: Tokens now (B, K, C).
-        follows: Position of the one that each follows (B, L).
+        tokens: Tokens after some blocks (B, K, C).
+        follows: Position of the token that each token follows (B, L).
 
     Returns:
-        Tokens now, all of them (B, L, C).
+        All tokens after these blocks (B, L, C).
     """
     return x + gather_tokens(tokens - averages, follows)
 
 
 class LayerNorm(NamedTuple):
-    """The numbers of one: weight and bias (C,), where it has them, and epsilon."""
+    """Weight and bias (C,) of a LayerNorm, if it has them, and its epsilon."""
     weight: Tensor | None
     bias: Tensor | None
     eps: float
 
 
 class Likeness(Protocol):
-    """What tells which tokens of a model are alike."""
+    """Features by which the tokens of a model are compared."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """From tokens (B, L, C) features (B, L, C), of which only the direction counts."""
+        """Features (B, L, C) of tokens (B, L, C). Only their direction is compared."""
         ...
 
     def as_layer_norm(self) -> LayerNorm | None:
-        """The LayerNorm that it is, which a kernel can compute; None if it is something else."""
+        """The LayerNorm that computes the features, for a kernel; None if something else computes them."""
         ...
 
 
 class BySimilarity(Selector):
-    """Selection of a few tokens at a time that are averaged into others, and follow them."""
+    """Selection that averages a few tokens at a time into others, which they follow."""
 
     def __init__(
             self,
@@ -232,13 +232,13 @@ class BySimilarity(Selector):
     ) -> None:
         """
         Args:
-            schedule: What each block has to do.
+            schedule: Schedule of the blocks.
             num_prefix_tokens: Number of prefix tokens P.
             num_patches: Number of patch tokens N.
-            grid_width: Width of the grid of patch tokens, if they are a whole one.
-            likeness: What tells which tokens are alike.
+            grid_width: Width of the grid of patch tokens, if they are a whole grid.
+            likeness: Features by which tokens are compared.
             is_aligned: See `count_left`.
-            is_whole_wanted: Whether anybody will ask for the whole grid; if not, the way back is not kept.
+            is_whole_wanted: Whether `whole` will be called. If not, what it needs is not stored.
         """
         super().__init__(schedule, num_prefix_tokens)
         self._num_patches = num_patches
@@ -246,8 +246,8 @@ class BySimilarity(Selector):
         self._likeness = likeness
         self._is_aligned = is_aligned
         self._is_whole_wanted = is_whole_wanted
-        self._size: Tensor | None = None  # how many tokens each one counts (B, L)
-        self._handed_over: list[tuple[Tensor, Tensor, Tensor]] = []  # tokens before, right after, who follows whom
+        self._size: Tensor | None = None  # number of tokens that each token represents (B, L)
+        self._handed_over: list[tuple[Tensor, Tensor, Tensor]] = []  # tokens before, right after, `follows`
 
     def whole(self, x: Tensor) -> Tensor:
         for before, averages, follows in reversed(self._handed_over):
@@ -264,8 +264,8 @@ class BySimilarity(Selector):
         return averages
 
     def _average(self, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens that are left, and whom each of those before follows."""
-        if isinstance(x, Tensor) and can_run(x.detach()):  # what is chosen has no gradient
+        """Tokens that remain, and the position of the token that each earlier token follows."""
+        if isinstance(x, Tensor) and can_run(x.detach()):  # the choice has no gradient
             _, _, _, left, follows, goes, into = self._launch(block, x.detach(), None)
         else:
             goes, into = match_tokens(
@@ -281,7 +281,7 @@ class BySimilarity(Selector):
         return averages, follows
 
     def _average_by_kernels(self, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As `_average`."""
+        """Average as `_average`, with kernels."""
         averages, self._size, log_size, present, follows, goes, into = self._launch(block, x, self.present)
         self.attn_mask = SizeMask.of(log_size)
         if self.record is not None:
@@ -296,7 +296,7 @@ class BySimilarity(Selector):
         num_left = count_left(
             self.schedule.keep_ratio[block], self._num_patches, self.num_prefix_tokens, num_present,
             self._is_aligned)
-        num_gone = num_present - num_left if num_present > 1 else 0  # the only token has no other to go into
+        num_gone = num_present - num_left if num_present > 1 else 0  # see `match_tokens`
         norm = self._likeness.as_layer_norm()
         features = None if norm is not None else self._likeness(x)
         weight, bias, eps = norm or LayerNorm(None, None, 0.)
@@ -307,6 +307,6 @@ class BySimilarity(Selector):
 
 
 def _compared_in(x: Tensor) -> torch.dtype:
-    """In what numbers features are compared: those that autocast would have products of, if it is on."""
+    """Dtype in which features are compared: that of autocast for products, if it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -84,7 +84,7 @@ class EvolvedModel(_Dense):
         given = EvolutionConfig(**arguments)
         arguments = {name: getattr(given, name) for name in arguments}  # as plain values
         self._set_config(replace(self.evolution_config, **arguments))
-        # a newer timm stores the arguments here that it saves; a model from `evolve` is saved as dense
+        # a newer timm stores here the arguments that it saves; a model from `evolve` is saved as dense
         if hasattr(self, '_model_args') and is_created_evolved(self):
             self._model_args = self._model_args | arguments
 
@@ -173,7 +173,7 @@ class EvolvedModel(_Dense):
     ) -> list[int]:
         """Prune layers or stages not required for specified intermediates, as timm's."""
         take_indices = super().prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
-        self._set_config(self.evolution_config)  # cuts the schedule to the remaining blocks
+        self._set_config(self.evolution_config)  # which cuts the schedule to the remaining blocks
         return take_indices
 
     def _follow_count(self) -> None:
@@ -191,7 +191,7 @@ class EvolvedModel(_Dense):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_restorable(self) -> None:
-        """Raise an error if no dense model has these weights."""
+        """Raise an error if no dense model of timm has these weights."""
 
     def _restore_modules(self) -> None:
         """Give the submodules that have been changed their original classes again."""
@@ -224,14 +224,14 @@ def input_size(model: EvolvedModel) -> tuple[int, int, int]:
 
 
 def find_evolved(model: object) -> tuple[str, EvolvedModel | None]:
-    """Name and module of the first evolved model in a module, which may be the module itself, or ('', None)."""
+    """Name and module of the first evolved model in a module or the module itself; ('', None) if there is none."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     return next(((name, module) for name, module in modules if isinstance(module, EvolvedModel)), ('', None))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode for a while; afterwards every module has its previous mode again."""
+    """A context of evaluation mode. Afterwards, every module has its previous mode again."""
     training = model.training
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -1,8 +1,8 @@
-""" Class attention computed separately from a block
+""" Class attention that is computed separately from a block
 
 The modules of the block project its tokens a second time. This is slower than a tap (see `taps`), and is used where a
 tap does not work: in TorchScript, whose threads are not visible to Python; in compiled code with checkpointing, which
-may only return its result; and for attentions that do not call their norms.
+must have no other effect than its result; and for attentions that do not call their norms.
 """
 from typing import Any
 

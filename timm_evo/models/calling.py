@@ -1,4 +1,4 @@
-""" How a block is called """
+""" Calls of blocks """
 import inspect
 from functools import partial
 
@@ -15,14 +15,14 @@ def call_block(
         attn_mask: Tensor | None,
         is_checkpointed: bool,
 ) -> Tensor:
-    """Call a block with only the arguments it needs, because blocks of a user may not take rotations or masks.
+    """Call a block with only the arguments that it needs, because a user's block may not take rotations or masks.
 
     Args:
         block: The block.
         x: Tokens present (B, L, C).
         rotation: Rotations of the tokens present without the prefix, if any.
         attn_mask: Mask that attention adds to its logits (B, 1, 1, L), if any.
-        is_checkpointed: Whether to compute the block again for its gradient, instead of storing activations.
+        is_checkpointed: Whether the block is computed again for its gradient, instead of storing activations.
 
     Returns:
         Output of the block (B, L, C).

@@ -1,9 +1,9 @@
-""" Weights from the Hugging Face Hub, checked and explained
+""" Checks of weights from the Hugging Face Hub
 
-timm and huggingface_hub download them. Of a download over http, huggingface_hub checks the size, but not the checksum,
-and the error for a damaged file does not say where the file is from. `verify_repo_checksums` of huggingface_hub is not
-used: it sends another request, for all files of a repository, and needs a connection. The cache has the checksums of
-large files as their names.
+timm and huggingface_hub download weights. huggingface_hub checks the size of a download over http, but not its
+checksum, and the error for a damaged file does not say where the file is from. `verify_repo_checksums` of
+huggingface_hub is not used, because it sends another request for all files of a repository, and needs a connection. In
+the cache, the names of large files are their checksums.
 """
 import re
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def checked_weights(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | No
     Args:
         variant: Name of the model.
         cfg: Its pretrained configuration. Nothing is checked if it has no repository of the Hub.
-        cache_dir: Cache of huggingface_hub, its own default if None.
+        cache_dir: Cache of huggingface_hub; None for its default.
 
     Raises:
         RuntimeError: The weights could not be loaded, or were damaged.

@@ -12,7 +12,7 @@ from .flat import FlatModel
 
 __all__ = ['EvaEvolution', 'EvoEva']
 
-# for torchvision's tracer, see `vision_transformer`
+# for torchvision's tracer, as in `vision_transformer`
 exec("torch.fx.wrap('resample_abs_pos_embed')", Eva._pos_embed.__globals__)
 
 

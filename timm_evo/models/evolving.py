@@ -33,11 +33,11 @@ _REPLACED = ('forward', 'forward_features', 'forward_intermediates', 'get_interm
 
 
 def check_arguments(evolved_cls: type[EvolvedModel], arguments: dict[str, Any]) -> None:
-    """Check that a model of this class would have the arguments. Others are allowed at their defaults.
+    """Check that a model of this class has the arguments. Other arguments are allowed only with their default values.
 
     Raises:
         TypeError: An argument is not known.
-        ValueError: The argument is only for a model that is created evolved.
+        ValueError: An argument is only for a model that is created evolved.
     """
     if issubclass(evolved_cls, levit.LevitEvolution) and arguments.get('class_token'):
         raise ValueError(
@@ -48,7 +48,7 @@ def check_arguments(evolved_cls: type[EvolvedModel], arguments: dict[str, Any]) 
 
 
 def give_evolution(model: nn.Module, evolved_cls: type[EvolvedModel], config: EvolutionConfig) -> EvolvedModel:
-    """Add token evolution to a dense timm model, in place, see `timm_evo.evolve` and `evolved_class`."""
+    """Add token evolution to a dense timm model, in place. See `timm_evo.evolve` and `evolved_class`."""
     dense = attribute_names(model)
     change_class(model, lambda dense_cls: evolved_cls)
     model = cast(EvolvedModel, model)
@@ -78,18 +78,18 @@ def _evolved_subclass(dense_cls: type[nn.Module], timm_cls: type[nn.Module]) -> 
 
 
 def evolved_class(model: nn.Module) -> type[EvolvedModel]:
-    """The class to give to a model.
+    """The evolved class for a model.
 
     Raises:
         TypeError: The model cannot be evolved. The message has the reason.
     """
     if isinstance(model, str):
         raise TypeError(
-            f'evolve takes a model, not its name {model!r}. timm.create_model creates an evolved model by the evo_* '
-            'names that timm_evo adds to timm.')
+            f'evolve takes a model, not its name {model!r}. timm.create_model creates an evolved model by one of the '
+            'evo_* names.')
     name = type(model).__name__
     if not isinstance(model, nn.Module):
-        raise TypeError(f'evolve takes a model, a torch.nn.Module, not {name}.')
+        raise TypeError(f'evolve takes a model (torch.nn.Module), not an object of class {name}.')
     if isinstance(model, EvolvedModel):
         raise TypeError(f'{name} is evolved already. Use its set_evolution to change the arguments.')
     dense_cls = parametrize.type_before_parametrizations(model)
@@ -98,13 +98,13 @@ def evolved_class(model: nn.Module) -> type[EvolvedModel]:
             return _evolved_subclass(dense_cls, timm_cls)
     for path, module in model.named_modules():
         if isinstance(module, EvolvedModel):
-            raise TypeError(f'{name} has a submodule that is evolved already, `.{path}`.')
+            raise TypeError(f'{name} has a submodule `.{path}` that is evolved already.')
         if isinstance(module, tuple(_EVOLUTIONS)):
             raise TypeError(
-                f'{name} cannot be evolved, but its submodule `.{path}` can, a {type(module).__name__}. Evolve that '
-                'one before it is compiled.')
-    raise TypeError(f'{name} cannot be evolved, because {_reason(model)}. VisionTransformer, Eva, Levit and their '
-                    'subclasses in timm can.')
+                f'{name} cannot be evolved, but its submodule `.{path}` ({type(module).__name__}) can. Evolve that '
+                'one, before it is wrapped or compiled.')
+    raise TypeError(f"{name} cannot be evolved, because {_reason(model)}. Models of timm's classes VisionTransformer, "
+                    'Eva, Levit and their subclasses can be evolved.')
 
 
 def _reason(model: nn.Module) -> str:

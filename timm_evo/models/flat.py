@@ -1,8 +1,8 @@
 """ Token evolution over the blocks of timm's flat vision transformers
 
-`Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390. What timm's
-`VisionTransformer` and `Eva` have in common when they evolve: blocks, embeddings, heads and weights are timm's, used as
-they are; what changes is which tokens go through a block.
+`Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390. These are the
+common parts of evolved models of timm's `VisionTransformer` and `Eva`. Blocks, embeddings, heads and weights are timm's
+and unchanged. Only the tokens that go through a block are different.
 """
 import math
 from collections.abc import Collection, Sequence
@@ -35,20 +35,20 @@ __all__ = ['FlatModel']
 
 def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     if isinstance(attn_mask, Tensor) or (isinstance(is_causal, bool) and is_causal):
-        raise ValueError('Token evolution takes no attention mask, attn_mask must be None and is_causal False.')
+        raise ValueError('Token evolution takes no attention mask. attn_mask must be None and is_causal must be False.')
 
 
 class FlatModel(EvolvedModel):
-    """Token evolution for a timm model that is one sequence of blocks, to stand before its class in the bases.
+    """Token evolution for a timm model with one sequence of blocks; timm's class follows it in the bases of a class.
 
-    The blocks stay timm's own. Class attention is taken from their own calls, and only where a later selection reads
-    it. A model without class token is scored by the attention of its mean patch query.
+    The blocks are timm's own. Class attention is taken from their calls, and only if a later selection reads it. In a
+    model without a class token, the attention of the mean patch query gives the scores.
 
-    Takes the arguments of the timm class and those of `EvolutionConfig`. A family of models provides the methods that
-    are not implemented here.
+    The arguments are those of the timm class and of `EvolutionConfig`. A family of models provides the methods that are
+    not implemented here.
     """
     ARGUMENTS = tuple(name for name in ARGUMENTS if name not in ('class_token', 'learn_tradeoff'))
-    ABSENT_ARGUMENTS = {'learn_tradeoff': 'only a LeViT learns its trade-offs, as the authors have it'}
+    ABSENT_ARGUMENTS = {'learn_tradeoff': 'only a LeViT learns its trade-offs, as in the paper'}
 
     def __init__(self, *args, **kwargs) -> None:
         arguments, kwargs = self.split_arguments(kwargs)
@@ -59,8 +59,8 @@ class FlatModel(EvolvedModel):
         for block in self.blocks:
             taps.check_block(block)
         dense = attribute_names(self)
-        self.has_class_token = self.cls_token is not None  # which timm's `VisionTransformer` has already
-        self._depth = len(self.blocks)  # of the schedule; pruning leaves fewer blocks
+        self.has_class_token = self.cls_token is not None  # timm's `VisionTransformer` has this attribute already
+        self._depth = len(self.blocks)  # depth of the schedule; pruning removes blocks
         self._set_config(self._resolve(config))
         self._init_class_head(config.class_head)
         self._taps = [taps.Tap.place(block) for block in self.blocks]
@@ -80,13 +80,13 @@ class FlatModel(EvolvedModel):
                 self._depth, config.keep_ratio, config.start_block, config.stage_depth, config.selection,
                 config.tradeoff)
         schedule = cut_schedule(schedule, len(self.blocks))
-        if self.patch_embed.num_patches is not None:  # known only with an image, if no size was given
+        if self.patch_embed.num_patches is not None:  # without an image size it is known only from an image
             check_slow_tokens(schedule.keep_ratio, [self.patch_embed.num_patches] * len(schedule.keep_ratio))
         return schedule
 
     def _init_class_head(self, class_head: bool) -> None:
         if class_head:
-            raise ValueError(f'class_head=True is not allowed, {type(self).__name__} has its own heads.')
+            raise ValueError(f'class_head=True is not allowed, because {type(self).__name__} has its own heads.')
 
     def set_input_size(
             self,
@@ -110,29 +110,29 @@ class FlatModel(EvolvedModel):
         return scriptable(self)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What enters the first block.
+        """Input of the first block.
 
         Args:
             x: Images (B, C, H, W).
 
         Returns:
             Sequence (B, P + N, C).
-            Rotations of the patch tokens, as timm's `Eva._pos_embed` returns them; None where there are none.
+            Rotations of the patch tokens, as timm's `Eva._pos_embed` returns them; None if the model has none.
         """
         raise NotImplementedError
 
     def _embed_patches(self, images: Tensor) -> Tensor:
-        """Patches as they leave timm's `patch_embed`."""
+        """Output of timm's `patch_embed`."""
         if patch_embedding.is_product_faster(images) and self._patches_can_be_product():
             return patch_embedding.embed_by_product(self.patch_embed, images)
         return self.patch_embed(images)
 
-    @torch.compiler.assume_constant_result  # as `_can_be_short`
+    @torch.compiler.assume_constant_result  # as in `_can_be_short`
     def _patches_can_be_product(self) -> bool:
         return patch_embedding.can_be_product(self.patch_embed)
 
     def _grid_width(self, images: Tensor) -> int | None:
-        """Width of the grid of patch tokens; None where some are dropped in training."""
+        """Width of the grid of patch tokens; None if some are dropped in training."""
         raise NotImplementedError
 
     def _forward_blocks(
@@ -149,14 +149,14 @@ class FlatModel(EvolvedModel):
         Args:
             x: Sequence (B, P + N, C).
             rope: Rotations of the patch tokens, see `_embed`.
-            grid_width: Width of the grid of patch tokens, if they are a whole one.
-            take_indices: Blocks whose outputs are wanted.
-            stop: Number of blocks to run, all if None.
-            num_read: Number of tokens that are wanted of the last block, the whole sequence if None.
+            grid_width: Width of the grid of patch tokens, if they are a whole grid.
+            take_indices: Indices of the blocks whose outputs are returned.
+            stop: Number of blocks to run; None for all.
+            num_read: Number of tokens of the last block that are returned; None for the whole sequence.
 
         Returns:
             Sequence after the last block, (B, P + N, C) or (B, num_read, C).
-            Full sequence after each of the wanted blocks, (B, P + N, C) each.
+            Full sequence after each block of `take_indices`, (B, P + N, C) each.
         """
         self._follow_count()
         num_patches = x.shape[1] - self.num_prefix_tokens
@@ -164,7 +164,7 @@ class FlatModel(EvolvedModel):
             selector = BySimilarity(
                 self.schedule, self.num_prefix_tokens, num_patches, grid_width,
                 NormedLikeness(self.norm),
-                # not where the size may be open in an export, which no comparison may fix
+                # not with a dynamic image size, which a comparison would fix in an export
                 is_aligned=not self.dynamic_img_size, is_whole_wanted=num_read is None)
         else:
             selector = ByClassAttention(self.schedule, self.num_prefix_tokens, self.evolution_config.fast_update)
@@ -182,8 +182,8 @@ class FlatModel(EvolvedModel):
         """Height and width of the grid of patches, by the first block that has it."""
         if grid_width is None:
             raise RuntimeError(
-                'Some patches are dropped in training, so there is no whole grid: set patch_drop_rate=0, or '
-                'model.eval().')
+                'Some patches are dropped in training, so there is no whole grid. Create the model with '
+                'patch_drop_rate=0, or call model.eval().')
         return {0: ((x.shape[1] - self.num_prefix_tokens) // grid_width, grid_width)}
 
     def _run_blocks(
@@ -220,14 +220,17 @@ class FlatModel(EvolvedModel):
         """Call a block, and take its class attention.
 
         Args:
-            index: Which block it is.
+            index: Index of the block.
             block: The block.
             x: Tokens present (B, L, C).
-            selector: Has selected them.
+            selector: Selector of this forward pass.
 
         Returns:
-            What the block returns (B, L, C).
+            Output of the block (B, L, C).
             Class attention (B, L).
+
+        Raises:
+            RuntimeError: The class attention of a sharded block is not available.
         """
         rotation = selector.rotation
         layout = Layout(self.has_class_token, self.num_prefix_tokens, selector.present)
@@ -235,44 +238,45 @@ class FlatModel(EvolvedModel):
             out, attention = taps.call_and_score(block, x, self._taps[index], layout, rotation)
         elif not torch.compiler.is_dynamo_compiling() or is_sharded(block):
             out, attention = checkpoint(taps.call_and_score, block, x, self._taps[index], layout, rotation)
-        else:  # what is checkpointed in compiled code may leave nothing behind but its result
+        else:  # in compiled code, checkpointing allows no other effects than the result
             out, attention = call_block(block, x, rotation, None, True), None
         if attention is None:
             if is_sharded(block):
                 raise RuntimeError(
-                    f'Block {index} cannot be scored. Its queries and keys were not heard, because its attention does '
-                    'not call q_norm and k_norm, or a reentrant checkpoint hides them; and its weights are sharded, so '
-                    'they cannot be projected beside it. Checkpoint without reentrance, or leave this block unsharded.')
+                    f'Block {index} cannot be scored, because its queries and keys are not available: its attention '
+                    'does not call q_norm and k_norm, or a reentrant checkpoint hides them. They cannot be computed '
+                    'outside the block either, because its weights are sharded. Use checkpoints with '
+                    'use_reentrant=False, or do not shard this block.')
             attention = class_attention_beside(self, index, x, layout, rotation)
         return out, attention
 
     def _num_read(self) -> int | None:
-        """Number of tokens at the beginning of the sequence that the head reads, None if it may read any."""
+        """Number of tokens at the beginning of the sequence that the head reads; None if it may read others."""
         return None
 
-    @torch.compiler.assume_constant_result  # what is compiled does not see hooks that come later, as everywhere
-    def _can_be_short(self) -> bool:  # a method, because torch 2.8 to 2.11 let such a function take no module
+    @torch.compiler.assume_constant_result  # compiled code ignores hooks that are set later, as in any model
+    def _can_be_short(self) -> bool:  # a method, because in torch 2.8 to 2.11 such a function takes no module
         return short_block.can_be_short(self)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to logits, as timm's: `forward_features`, then `forward_head`.
 
-        Where the head reads the class token alone, and nobody can tell, the last block computes nothing else.
+        If the head reads only the first tokens and the difference is not visible, the last block computes only these.
 
         Args:
             x: Images (B, C, H, W).
-            attn_mask: Must be None, a mask over the grid has no meaning for the tokens of a selection.
-            is_causal: Must be False, likewise.
+            attn_mask: Must be None, because a mask over the grid has no meaning for the tokens of a selection.
+            is_causal: Must be False for the same reason.
 
         Returns:
-            Logits (B, num_classes), or what else the head gives.
+            Logits (B, num_classes), or another output of the head.
 
         Raises:
             ValueError: A mask is given.
         """
         _refuse_mask(attn_mask, is_causal)
         num_read = self._num_read()
-        # symbolic tracing names every node, so there all blocks are whole
+        # symbolic tracing gives every node a name, so it needs all blocks whole
         if num_read is None or isinstance(x, torch.fx.Proxy) or not self._can_be_short():
             return self.forward_head(self.forward_features(x))
         grid_width = self._grid_width(x)
@@ -284,8 +288,8 @@ class FlatModel(EvolvedModel):
 
         Args:
             x: Images (B, C, H, W).
-            attn_mask: Must be None, a mask over the grid has no meaning for the tokens of a selection.
-            is_causal: Must be False, likewise.
+            attn_mask: Must be None, because a mask over the grid has no meaning for the tokens of a selection.
+            is_causal: Must be False for the same reason.
 
         Returns:
             Full, ordered sequence (B, P + N, C).
@@ -316,8 +320,8 @@ class FlatModel(EvolvedModel):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Any]:
         """Features that return intermediates, as timm's `VisionTransformer.forward_intermediates`.
 
-        Every intermediate is a whole grid in order: in the middle of a segment, the placeholders are where the
-        representative token has moved them so far.
+        Every intermediate is a whole grid in order. In the middle of a segment, placeholders have the change of the
+        representative token so far.
 
         Args:
             x: Images (B, C, H, W).
@@ -328,8 +332,8 @@ class FlatModel(EvolvedModel):
             output_fmt: 'NCHW' for feature maps (B, C, H / patch, W / patch) or 'NLC' for tokens (B, N, C).
             intermediates_only: Only return intermediate features.
             output_dict: Return a dictionary with timm's keys.
-            attn_mask: Must be None, a mask over the grid has no meaning for the tokens of a selection.
-            is_causal: Must be False, likewise.
+            attn_mask: Must be None, because a mask over the grid has no meaning for the tokens of a selection.
+            is_causal: Must be False for the same reason.
 
         Returns:
             The final sequence (B, P + N, C) and the intermediates, the intermediates alone, or a dictionary of them.

@@ -33,7 +33,7 @@ class LevitEvolution(EvolvedModel):
 
     Scores are the mean attention of the patch tokens, because the head reads the mean of these tokens.
 
-    Takes the arguments of the timm class and those of `EvolutionConfig`.
+    The arguments are those of the timm class and of `EvolutionConfig`.
     """
     ARGUMENTS = tuple(name for name in ARGUMENTS if name != 'stage_depth')
     ABSENT_ARGUMENTS = {'stage_depth': 'each of its stages is a segment'}
@@ -47,7 +47,7 @@ class LevitEvolution(EvolvedModel):
         if any(size % stride for size in sides):
             raise ValueError(
                 f'img_size={sides} is not allowed. Height and width must be multiples of {stride}, because the stages '
-                f'expect a grid of {" x ".join(str(size // stride) for size in sides)} from the stem.')
+                f'expect a grid of {" x ".join(str(size // stride) for size in sides)} patches from the stem.')
         self.init_evolution(EvolutionConfig(**arguments))
         self.img_size = sides
 
@@ -60,12 +60,12 @@ class LevitEvolution(EvolvedModel):
                 f"which need the whole grid. Use timm's linear LeViT, {linear}.")
         if config.class_head and not (config.class_token and self.global_pool == 'avg'):
             raise ValueError(
-                "class_head=True is not allowed: it needs class_token=True and global_pool='avg', "
-                f'not class_token={config.class_token} and global_pool={self.global_pool!r}.')
+                f'class_head=True is not allowed with class_token={config.class_token} and '
+                f"global_pool={self.global_pool!r}. It needs class_token=True and global_pool='avg'.")
         dense = attribute_names(self)
         attentions = self._attentions()
         self._depths = [len(stage.blocks) for stage in self.stages]  # also of stages that pruning removes
-        self._num_patches = [attn.attention_bias_idxs.shape[1] for attn in attentions]  # each selects from so many
+        self._num_patches = [attn.attention_bias_idxs.shape[1] for attn in attentions]  # of each grid
         config = self._resolve(config)
         schedule = self._make_schedule(config)
         self.num_prefix_tokens = 1 if config.class_token else 0
@@ -98,12 +98,12 @@ class LevitEvolution(EvolvedModel):
         schedule = cut_schedule(schedule, len(attentions))
         if config.learn_tradeoff and hasattr(self, 'schedule') and (
                 schedule.tradeoff != [attn.tradeoff for attn in attentions]):
-            raise ValueError(f'tradeoff={config.tradeoff!r} cannot be set, because it is learned.')
+            raise ValueError(f'tradeoff={config.tradeoff!r} cannot be set, because learn_tradeoff=True.')
         return schedule
 
     def _set_config(self, config: EvolutionConfig) -> None:
         super()._set_config(config)
-        # learned trade-offs are parameters if they are trained in any phase of a training
+        # a learned trade-off is a parameter if any phase of the training trains it
         stagewise = getattr(self, '_stagewise', self.schedule)
         has_scores = False  # the first scored attention sets the scores, whatever its alpha
         for attn, is_scored in zip(self._attentions(), stagewise.scored, strict=True):
@@ -132,14 +132,14 @@ class LevitEvolution(EvolvedModel):
 
     def _attentions(self) -> list[Any]:
         """All attentions in the order of the schedule."""
-        # they are dense before `init_evolution`; in a stage, the one that downsamples comes first
+        # before `init_evolution` they are dense; in a stage, the attention that downsamples comes first
         return [module for module in self.stages.modules() if isinstance(module, (Attention, AttentionDownsample))]
 
     def _find_img_size(self) -> tuple[int, int]:
         """Height and width of the images whose grid the attentions expect."""
         stride = self.feature_info[0]['reduction']
         attn = self.stages[1].downsample.attn_downsample if len(self.stages) > 1 else self.stages[0].blocks[0].attn
-        side = math.isqrt(self._num_patches[0])  # an older timm stores no size where nothing downsamples
+        side = math.isqrt(self._num_patches[0])  # an older timm stores no size if nothing downsamples
         height, width = getattr(attn, 'resolution', (side, side))
         return height * stride, width * stride
 
@@ -159,7 +159,7 @@ class LevitEvolution(EvolvedModel):
 
     def _init_class_heads(self, class_head: bool) -> None:
         if class_head:
-            raise ValueError(f'class_head=True is not allowed for {type(self).__name__}, but only for EvoLevit.')
+            raise ValueError(f'class_head=True is not allowed for {type(self).__name__}. Only EvoLevit has it.')
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay: attention biases, position embeddings, class token, learned trade-offs."""
@@ -167,7 +167,7 @@ class LevitEvolution(EvolvedModel):
         return {name for name, _ in self.named_parameters() if name.endswith(names)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups, as timm's; class token and position embeddings at the input belong to the stem."""
+        """Layer groups, as timm's. Class token and position embeddings at the input belong to the stem."""
         return dict(super().group_matcher(coarse), stem=r'^stem|^cls_token|^pos_embed')
 
     def _forward_stem(self, x: Tensor) -> Tensor:
@@ -197,8 +197,8 @@ class LevitEvolution(EvolvedModel):
 
         Args:
             x: Images.
-            take_indices: Stages whose feature maps (B, C, H, W) are wanted.
-            stop: Number of stages to run, all if None.
+            take_indices: Indices of the stages whose feature maps (B, C, H, W) are returned.
+            stop: Number of stages to run; None for all.
         """
         x = self._forward_stem(x)
         self._follow_count()
@@ -213,12 +213,12 @@ class LevitEvolution(EvolvedModel):
             take_indices: Collection[int],
             stop: int | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run the stages behind the stem, see `_forward_stages`."""
+        """Run the stages after the stem, see `_forward_stages`."""
         grids = list(self._grids(x).values()) if take_indices else []
         intermediates = []
         x = self._embed(x)
         if can_run(x):
-            x = x.contiguous()  # it is still in the order of a feature map, which is slow for linear layers and sums
+            x = x.contiguous()  # the memory order of feature maps is slow for linear layers and sums
         scores: Tensor | None = None
         for i, stage in enumerate(self.stages if stop is None else self.stages[:stop]):
             x, scores = checkpoint(stage, x, scores) if self.grad_checkpointing else stage(x, scores)
@@ -247,12 +247,12 @@ class LevitEvolution(EvolvedModel):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features that return intermediates, as timm's `Levit.forward_intermediates`: a whole grid of each stage.
+        """Features and intermediates, as timm's `Levit.forward_intermediates`: a whole grid of each stage.
 
         Args:
             x: Images (B, C, H, W).
             indices: Take last n stages if int, all if None, select matching indices if sequence.
-            norm: Not used, LeViT has no final norm.
+            norm: Not used, because LeViT has no final norm.
             stop_early: Stop iterating over stages when last desired intermediate hit.
             output_fmt: Must be 'NCHW'.
             intermediates_only: Only return intermediate features.
@@ -271,11 +271,11 @@ class LevitEvolution(EvolvedModel):
 class EvoLevit(LevitEvolution, LevitDistilled):
     """timm's distilled LeViT with token evolution, in two schemes.
 
-    * timm's, with attention biases and timm's weights, see `LevitEvolution`.
-    * The authors', with a class token (`class_token=True`): its attention gives the scores, and absolute position
-      embeddings, at the input and wherever the grid is downsampled, replace the attention biases.
+    * The scheme of timm has attention biases and takes timm's weights, see `LevitEvolution`.
+    * The scheme of the authors has a class token (`class_token=True`), whose attention gives the scores. Absolute
+      position embeddings replace the attention biases, at the input and wherever the grid is downsampled.
 
-    Takes the arguments of timm's `LevitDistilled` and those of `EvolutionConfig`.
+    The arguments are those of timm's `LevitDistilled` and of `EvolutionConfig`.
     """
 
     def _init_class_heads(self, class_head: bool) -> None:
@@ -301,7 +301,7 @@ class EvoLevit(LevitEvolution, LevitDistilled):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Sequence (B, P + N, C) to logits (B, num_classes), or to pooled features if `pre_logits`.
 
-        In distilled training, the pair of logits of `head` and `head_dist`; otherwise their mean, as timm's.
+        In distilled training, it returns the logits of `head` and of `head_dist`, otherwise their mean, as timm does.
         """
         logits, logits_dist = self._heads(x, pre_logits)
         if logits_dist is None:

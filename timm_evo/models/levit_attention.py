@@ -1,6 +1,6 @@
 """ timm's LeViT attentions, for selected tokens
 
-They update the scores with their attention matrix, and use the attention biases of the tokens that they get.
+They update the scores with their attention matrix, and use the attention biases of the selected tokens.
 """
 import math
 from typing import TYPE_CHECKING, Any
@@ -137,14 +137,14 @@ def gather_biases(
 
 
 class ScoringAttention(_DenseAttention):
-    """What is added to both of timm's attentions: the trade-off alpha, and attention without biases.
+    """Additions to both of timm's attentions: the trade-off alpha, and attention without biases.
 
     Attributes:
         scored: Whether a later selection reads the scores of this attention.
         tradeoff: alpha, the share of this attention in the scores, or the initial value of a learned one.
         is_tradeoff_held: Whether a learned alpha keeps its initial value for now.
-        class_token: Whether the first token is the class token; then there are no biases.
-        has_kernels: If this exists, kernels may replace the tensor steps; `scripting` hides it from TorchScript.
+        class_token: Whether the first token is the class token. Then there are no biases.
+        has_kernels: If this attribute exists, kernels may replace the tensor steps. `scripting` hides it.
     """
     has_kernels = True
 
@@ -173,7 +173,7 @@ class ScoringAttention(_DenseAttention):
     def train_tradeoff(self, trained: bool) -> None:
         """Make a learned trade-off a parameter if it is trained, otherwise a buffer. The state dict is the same.
 
-        It is trained if its scores weight a representative token, because then it gets a gradient.
+        It is trained if its scores are weights in a representative token, because only then it gets a gradient.
         """
         if self.learn_tradeoff is None or isinstance(self.learn_tradeoff, nn.Parameter) == trained:
             return
@@ -187,8 +187,8 @@ class ScoringAttention(_DenseAttention):
     def learned(self) -> Tensor | None:
         """Learned trade-off (1,) before its sigmoid, if any.
 
-        A held one has its initial value and a gradient of zero, because `DistributedDataParallel` fails for a parameter
-        without a gradient.
+        While it is held, it has its initial value and a gradient of zero, because `DistributedDataParallel` fails for a
+        parameter without a gradient.
         """
         learned = self.learn_tradeoff
         if learned is None or not self.is_tradeoff_held:
@@ -246,7 +246,7 @@ class ScoringAttention(_DenseAttention):
         return super().train(mode)
 
     def _apply(self, fn, *args, **kwargs):
-        self.attention_bias_cache = {}  # an older timm keeps it when the model moves to another device
+        self.attention_bias_cache = {}  # an older timm keeps the cache when the model moves to another device
         return super()._apply(fn, *args, **kwargs)
 
     def reset_parameters(self) -> None:
@@ -275,7 +275,7 @@ class EvoAttention(ScoringAttention, Attention):  # pyright: ignore[reportIncomp
             x: Tokens present (B, L, C): the full sequence, or the selected tokens.
             scores: Scores of these tokens without a representative one (B, P + K), if any.
             biases: Biases of the selected tokens (H * B, L, L); None without a selection, or without biases.
-            positions: Positions of the selected tokens (B, K), to look up the biases; given instead of `biases`.
+            positions: Positions of the selected tokens (B, K), to look up the biases. It is given instead of `biases`.
 
         Returns:
             Output of the attention (B, L, C).

@@ -1,6 +1,6 @@
 """ timm's LeViT blocks and stages, for selected tokens
 
-timm builds them, then their classes are changed. Weights and all other modules are unchanged.
+timm builds them, and then their classes are changed. Weights and all other modules are unchanged.
 """
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ class EvoLevitStage(LevitStage):
         selector = ByClassAttention(self.schedule, self.num_prefix_tokens, self.fast_update, scores)
         selector.record = self._record
         biases: list[Tensor] | None = None  # of the blocks of the segment
-        positions: Tensor | None = None  # instead of biases where kernels run
+        positions: Tensor | None = None  # instead of biases, if kernels run
         first = 0  # the first of these blocks
         for i, block in enumerate(self.blocks):
             x = selector.enter(i, x)

@@ -24,9 +24,9 @@ class _PastHooks(nn.Module):
 
 
 class NormedLikeness:
-    """Compares tokens by what the last norm of the model would make of them.
+    """Compares tokens by the output of the last norm of the model.
 
-    If the norm is an `nn.Identity`, the tokens are compared as they are. This is so in a backbone of
+    If the norm is an `nn.Identity`, the tokens are compared as they are. This is the case in a backbone of
     `features_only=True`, and in a model with a norm after the pooling.
     """
 
@@ -38,16 +38,16 @@ class NormedLikeness:
 
     def as_layer_norm(self) -> LayerNorm | None:
         norm = self._norm
-        # no subclasses, which may compute anything
+        # no subclasses, because they may compute anything
         if type(norm) not in (nn.LayerNorm, timm.layers.LayerNorm) or 'forward' in norm.__dict__ or (
                 is_sharded_weight(norm.weight)):
             return None
-        weight = None if norm.weight is None else norm.weight.detach()  # for positions, which have no gradient
+        weight = None if norm.weight is None else norm.weight.detach()  # positions have no gradient
         bias = None if norm.bias is None else norm.bias.detach()
         return LayerNorm(weight, bias, norm.eps)
 
 
-@torch.no_grad()  # it is for positions, which have no gradient
+@torch.no_grad()  # the result is used for positions, which have no gradient
 def likeness_features(norm: Any, x: Tensor) -> Tensor:
     """Output of a norm (B, L, C) for tokens (B, L, C), without its hooks."""
     if not is_sharded_weight(getattr(norm, 'weight', None)):

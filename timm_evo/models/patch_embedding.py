@@ -44,10 +44,10 @@ def embed_by_product(embed: Any, images: Tensor) -> Tensor:
         images: Images (B, C, H, W).
 
     Returns:
-        Patches (B, N, C), or (B, H / patch, W / patch, C) where the grid is kept.
+        Patches (B, N, C), or (B, H / patch, W / patch, C) if the embedding keeps the grid.
     """
     if not _fits(embed, images):
-        return embed(images)  # pads them, or raises an error
+        return embed(images)  # timm pads the images or raises an error
     batch_size, channels, height, width = images.shape
     down, across = embed.patch_size
     grid = height // down, width // across

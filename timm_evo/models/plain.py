@@ -1,4 +1,4 @@
-""" Whether a module can be computed in another way without a visible difference """
+""" Checks whether a module can be computed in another way without a visible difference """
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ def is_plain(module: nn.Module) -> bool:
     cls = type(module)
     return (
         cls.__module__.startswith(_KNOWN_ORIGINS)
-        and cls.forward.__module__.startswith(_KNOWN_ORIGINS)  # it may have been replaced in a class of timm
+        and cls.forward.__module__.startswith(_KNOWN_ORIGINS)  # a user may have replaced it in a class of timm
         and not is_watched(module)
         and all(map(is_plain, children(module)))
     )

@@ -1,8 +1,8 @@
 """ Model entrypoints
 
 Every `evo_X` model is timm's `X` with token evolution. Its architecture and its pretrained configurations are taken
-from timm's registration of `X`, so tags, Hub repositories and input sizes are timm's own. Importing this module
-registers the models; import `entrypoints` for that.
+from timm's registration of `X`, so tags, Hub repositories and input sizes are timm's own. The import of this module
+registers the models. Other code should import `entrypoints` for this.
 """
 import warnings
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch.torch_version import TorchVersion
 
 TIMM_MIN_VERSION = '1.0.22'  # as in pyproject.toml
 if TorchVersion(timm.__version__) < TIMM_MIN_VERSION:  # before the imports that fail with an older timm
-    raise ImportError(f'timm-evo needs timm>={TIMM_MIN_VERSION}, found timm {timm.__version__}.')
+    raise ImportError(f'timm-evo needs timm>={TIMM_MIN_VERSION}, but timm {timm.__version__} is installed.')
 
 from timm.models import (
     PretrainedCfg,
@@ -138,14 +138,14 @@ def _is_from_timm(cfg: PretrainedCfg, variant: str) -> bool:
 def _warn_of_published_selection(variant: str, model: nn.Module) -> None:
     """Warn that dense weights lose more with `'stage'`, the default of `evo_deit_*`, or `'layer'`."""
     from .base import find_evolved
-    _, evolved = find_evolved(model)  # within features_only=True
+    _, evolved = find_evolved(model)  # with features_only=True it is inside the model
     assert evolved is not None
     selection = evolved.evolution_config.selection
     if selection != 'similarity' and min(evolved.schedule.keep_ratio) < 1:
         warnings.warn(
             f"{variant} has timm's dense weights, but selection={selection!r} is for weights that were trained with "
-            "it. Without this training it loses more accuracy than selection='similarity'.",
-            stacklevel=5,  # where timm.create_model is called
+            "token evolution. With dense weights, it loses more accuracy than selection='similarity'.",
+            stacklevel=5,  # the line that calls timm.create_model
         )
 
 
@@ -159,14 +159,14 @@ def is_evolved(name: str) -> bool:
 
 
 def _register(variant: str, dense: str, family: _Family, cfgs: dict[str, PretrainedCfg], **defaults) -> None:
-    """Register `variant`, timm's `dense` model with token evolution. An existing model of this name is not replaced.
+    """Register `variant`, which is timm's `dense` model with token evolution. An existing model is not replaced.
 
     Args:
         variant: Name of the evolved model.
         dense: Name of timm's dense model.
-        family: How it is built.
+        family: Family of the model.
         cfgs: Pretrained configurations by name and tag.
-        **defaults: Arguments of the evolved model that differ from its class's own.
+        **defaults: Default arguments of the evolved model that differ from those of its class.
     """
     if is_model(variant):
         return
@@ -195,10 +195,10 @@ def _without_weights(dense: str) -> PretrainedCfg:
     return replace(cfg, url='', hf_hub_id=None)
 
 
-# Models without an `evo_*` twin: those with differential attention, whose difference of two attentions gives no shares;
-# and RADIO, because timm resizes its position embeddings in a special way (`evolve` works for it).
+# Models without an `evo_*` twin: models with differential attention, because the difference of two attentions cannot be
+# a score; and RADIO, because timm resizes its position embeddings in a special way (`evolve` works for it).
 _WITHOUT = ['vit_d*wee_*', 'vit_dlittle_*', '*radio*']
-# timm's module, wildcard of names, and how these are built; the first match counts
+# timm's module, wildcard of names, and family of these models; the first match counts
 _VITS = [
     ('deit', '*', _DEIT),
     ('vision_transformer', 'flexivit_*', _FLEXI),
@@ -212,14 +212,15 @@ for _module, _wildcard, _family in _VITS:
     for _dense in list_models(_wildcard, module=_module, exclude_filters=_WITHOUT):
         _register_twin(_dense, _family)
 
-# The authors also train DeiT-S at 384. timm has no such dense model: no weights, and the input of DeiT-B at 384.
+# The authors also train DeiT-S at 384. timm has no such dense model, so there are no weights, and the input is that of
+# DeiT-B at 384.
 _register('evo_deit_small_patch16_384', 'deit_small_patch16_224', _DEIT, {
     'evo_deit_small_patch16_384': _without_weights('deit_base_patch16_384'),
 }, selection='stage')
 
 for _size in ('128s', '128', '192', '256', '384'):
     _register_twin(f'levit_{_size}', _LEVIT)
-    # as the authors publish it
+    # the model that the authors publish
     _register(
         f'evo_levit_cls_{_size}',
         f'levit_{_size}',

@@ -1,11 +1,11 @@
-""" All that TorchScript needs, and nothing else knows of
+""" TorchScript
 
-`torch.jit.script` asks a module for `__prepare_scriptable__`, and compiles what that returns: here another object with
-the state of the model, whose class has plain loops over the blocks, as TorchScript takes no objects that are asked on
-the way. Their steps are those of `method`.
+`torch.jit.script` calls `__prepare_scriptable__` of a module, and compiles the object that it returns. Here this is
+another object with the state of the model. Its class has plain loops over the blocks, because TorchScript cannot use
+selectors. The steps are those of `method`.
 
-Within a module that was scripted around it, that object stays in the place of the model. It shares all state with it,
-and hands on to it whatever is called in Python.
+If a module that contains the model is scripted, this object remains in the place of the model. It shares all state with
+the model, and passes all calls from Python to it.
 """
 from typing import Any
 
@@ -24,13 +24,13 @@ from .taps import Tapped
 __all__ = ['scriptable']
 
 _IGNORED = ['_taps', 'evolution_config', '_count', 'evolution', '_record']
-_OWN_MODULES = [f'{__package__}.flat', f'{__package__}.levit', 'timm.models.levit']  # of the methods that are replaced
-# what stays a method in Python, as in timm's models
+_OWN_MODULES = [f'{__package__}.flat', f'{__package__}.levit', 'timm.models.levit']  # their methods are replaced
+# methods that remain in Python, as in timm's models
 _KEPT_METHODS = ('get_classifier', 'set_distilled_training', 'no_weight_decay', 'group_matcher')
 
 
 def scriptable(model: Any) -> nn.Module:
-    """What TorchScript compiles in the place of an evolved model."""
+    """The object that TorchScript compiles instead of an evolved model."""
     cls = type(model)
     if hasattr(model, 'stages'):
         loops: type = _ScriptedLevit
@@ -48,7 +48,7 @@ def scriptable(model: Any) -> nn.Module:
             torch.jit.ignore(getattr(cls, name))
     methods = {name: value for base in loops.__mro__[:-1] for name, value in vars(base).items() if callable(value)}
     for name in ('forward', 'forward_features', 'forward_intermediates'):
-        if _defining_class(cls, name).__module__ not in _OWN_MODULES:  # of a user's class, which is compiled as it is
+        if _defining_class(cls, name).__module__ not in _OWN_MODULES:  # a method of a user's class is compiled as it is
             methods.pop(name, None)
     if '_heads' in vars(_defining_class(cls, 'forward_head')):
         methods['forward_head'] = forward_head
@@ -71,13 +71,13 @@ def _defining_class(cls: type, name: str) -> type:
 
 
 def _dense_annotations(cls: type) -> dict[str, Any]:
-    """Annotations of the class that an evolved one stands before, because TorchScript does not look at base classes."""
+    """Annotations of timm's class in the bases of a class, because TorchScript does not read those of base classes."""
     dense = (base for base in cls.__mro__ if not base.__module__.startswith('timm_evo.'))
     return next((found for base in dense if (found := vars(base).get('__annotations__'))), {})
 
 
 class _Scripted:
-    """To stand before the class of what is scripted; in Python it is the model."""
+    """First base of the class of a scripted object. Calls from Python go to the model."""
     model: Any
 
     def __call__(self, *args, **kwargs):
@@ -100,11 +100,11 @@ class _Scripted:
         self.model()._load_from_state_dict(*args, **kwargs)
 
 
-# Methods of what is scripted. In Python, which TorchScript leaves out, each hands on to the model.
+# Methods of the scripted object. Each has a part for Python, which TorchScript ignores and which calls the model.
 
 
 def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
-    """The mean of the logits that `_heads` gives, because TorchScript gives no pairs."""
+    """The mean of the logits of `_heads`, because a scripted method has one return type."""
     if not torch.jit.is_scripting():
         return self.model().forward_head(x, pre_logits)
     logits, other = self._heads(x, pre_logits)
@@ -112,7 +112,7 @@ def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
 
 
 class _ScriptedFlat:
-    """As `FlatModel`, for `_scripted_blocks` of the kind of selection."""
+    """Methods of `FlatModel`. Subclasses provide `_scripted_blocks` for a kind of selection."""
 
     def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if not torch.jit.is_scripting():
@@ -123,7 +123,8 @@ class _ScriptedFlat:
         if not torch.jit.is_scripting():
             return self.model().forward_features(x, attn_mask, is_causal)
         if attn_mask is not None or is_causal:
-            raise ValueError('Token evolution takes no attention mask, attn_mask must be None and is_causal False.')
+            raise ValueError(
+                'Token evolution takes no attention mask. attn_mask must be None and is_causal must be False.')
         grid_width = self._grid_width(x)
         x, rope = self._embed(x)
         return self.norm(self._scripted_blocks(x, rope, grid_width))
@@ -140,7 +141,7 @@ class _ScriptedFlat:
             positions: Tensor | None,
             representative: bool,
     ) -> Tensor | None:
-        """Rotations of the tokens that enter a block, from those of all and those that entered the block before it."""
+        """Rotations of the tokens that enter a block, from all rotations and those of the block before."""
         if rope is None:
             return None
         if hasattr(self, 'rope_mixed'):
@@ -160,7 +161,7 @@ def _begin_segment(
         num_prefix_tokens: int,
         fast_update: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What goes through the blocks, positions of prefix and slow tokens, and the representative token."""
+    """Tokens for the blocks, positions of prefix and slow tokens, and the representative token."""
     if keep_ratio == 1:
         return x, None, None
     assert scores is not None
@@ -173,31 +174,31 @@ def _begin_segment(
 
 
 def _follow(x: Tensor, tokens: Tensor, slow: Tensor | None, representative: Tensor | None) -> Tensor:
-    """All tokens, from those that went through the blocks."""
+    """All tokens, from the output of the blocks."""
     return tokens if slow is None else follow(x, tokens, slow, representative)
 
 
 def _take_scores(scores: Tensor | None, slow: Tensor | None, are_read: bool) -> Tensor | None:
-    """Scores of the tokens that go through the blocks."""
+    """Scores of the tokens present."""
     if scores is None or slow is None:
         return scores
     return scores.gather(1, slow) if are_read else None
 
 
 def _return_scores(scores: Tensor | None, present: Tensor | None, slow: Tensor | None) -> Tensor | None:
-    """All scores, from those of the tokens that went through the blocks."""
+    """Scores of all tokens, from the scores of the tokens present."""
     if slow is None:
         return present
     return scores if scores is None or present is None else scores.scatter(1, slow, present)
 
 
 class _ScriptedPublished(_ScriptedFlat):
-    """The steps of `ByClassAttention`. Scores are computed beside the blocks: a tap belongs to a thread of Python."""
+    """The steps of `ByClassAttention`. Scores are computed outside the blocks, because taps need Python's threads."""
     class_attention_beside = class_attention_beside
 
     def _scripted_blocks(self: Any, x: Tensor, rope: Tensor | None, grid_width: int | None) -> Tensor:
-        begins, keep_ratio, scored, tradeoff = self.schedule  # by position, because TorchScript forgets the names
-        tokens = x  # what the next block sees
+        begins, keep_ratio, scored, tradeoff = self.schedule  # by position, because TorchScript loses the names
+        tokens = x  # input of the next block
         scores: Tensor | None = None
         slow: Tensor | None = None
         representative: Tensor | None = None
@@ -260,7 +261,7 @@ class _ScriptedSimilarity(_ScriptedFlat):
 
 
 class _ScriptedLevit:
-    """As `LevitEvolution`, with the steps of `ByClassAttention` in each stage."""
+    """Methods of `LevitEvolution`, with the steps of `ByClassAttention` in each stage."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():

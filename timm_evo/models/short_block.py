@@ -1,8 +1,8 @@
 """ The last block, computed only for the tokens that the head reads
 
-A head on the class token reads no other token after the last block. There, the other tokens are needed for keys and
-values, but they need no update: attention has one query, and projection and MLP have one token. The projections of keys
-and values can then be applied to the query and to the weighted sum, instead of to every token. This does not hold for
+A head on the class token reads no other token after the last block. In this block, the other tokens are needed for keys
+and values, but need no update: attention has one query, and projection and MLP have one token. The projections of keys
+and values can then be applied to the query and to the weighted sum, instead of to every token. This is not possible for
 keys that are rotated or normalised, as in timm's `Eva`.
 
 The short block is used only where the difference is not visible: no module of the block is replaced, and no hook or
@@ -65,7 +65,7 @@ def _is_plain_projection(projection: Any) -> bool:
 
 
 def _has_own_methods(model: nn.Module) -> bool:
-    """Whether the model overrides a method of the class whose `_num_read` tells how many tokens its head reads."""
+    """Whether the model overrides a method of the class whose `_num_read` it has."""
     known_cls = next(cls for cls in type(model).__mro__ if '_num_read' in vars(cls))
     return any(
         name in vars(model) or getattr(type(model), name) is not getattr(known_cls, name)

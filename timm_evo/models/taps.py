@@ -1,12 +1,12 @@
 """ Class attention from a block's own call
 
-Every attention of timm calls `q, k = self.q_norm(q), self.k_norm(k)`, with identities where there is no norm. A tap
-stands in these two places: it changes the class of the modules there, so their parameters keep their names, and hears
-the queries and keys that the block attends with, whatever made them: adapters, quantized weights, hooks, shards.
+Every attention of timm calls `q, k = self.q_norm(q), self.k_norm(k)`, with identities if there is no norm. A tap
+changes the class of these two modules, so their parameters keep their names. It gets the queries and keys with which
+the block attends, also with adapters, quantized weights, hooks and shards.
 
-Threads may run one model at the same time, so what is heard belongs to one call of a block, a `Listener`. A thread
-keeps the listener of the block that it runs to itself. Compiled code can't tell threads apart, and takes it from the
-tap: where a whole model is compiled to one graph, that is plain data flow; blocks that are compiled take turns.
+Threads may run one model at the same time, so queries and keys belong to one call of a block, a `Listener`. Each thread
+has its own listener of the block that it runs. Compiled code cannot distinguish threads, and takes the listener from
+the tap. If a whole model is compiled to one graph, this is plain data flow. Compiled blocks run one at a time.
 """
 import functools
 import sys
@@ -41,24 +41,24 @@ __all__ = ['Tap', 'Tapped', 'call_and_score', 'check_block']
 
 
 class Tap:
-    """Where the queries and keys of a block can be heard.
+    """The access to the queries and keys of a block.
 
     Attributes:
-        listener: For compiled code: who hears; None while the block does not run.
+        listener: The listener for compiled code; None while the block does not run.
     """
 
     def __init__(self) -> None:
         self.listener: Listener | None = None
 
     def __getstate__(self) -> dict:
-        return dict(listener=None)  # a copy made while the block runs takes no part in the call, nor can its tensors
+        return dict(listener=None)  # a copy that is made while the block runs does not belong to the call
 
     @classmethod
     def place(cls, block: nn.Module) -> 'Tap':
-        """Change the class of the modules in the places of `q_norm` and `k_norm`, or find a tap that is there already.
+        """Change the class of the modules `q_norm` and `k_norm`, or return an existing tap.
 
         Args:
-            block: A block that `check_block` takes. Shallow copies of a model share their blocks, and so the taps.
+            block: A block that `check_block` allows. Shallow copies of a model share their blocks and the taps in them.
         """
         attentions = _attentions(block)
         if isinstance(attentions[0].k_norm, Tapped):
@@ -72,9 +72,9 @@ class Tap:
 
     @staticmethod
     def remove(block: nn.Module) -> None:
-        """Give the modules their own class again."""
+        """Give the modules their original class again."""
         for module in block.modules():
-            # not where somebody else has derived another class from the tapped one, which would be lost
+            # not if other code has derived a class from the tapped one, because that class would be lost
             if isinstance(module, Tapped) and 'norm_cls' in vars(parametrize.type_before_parametrizations(module)):
                 norm_cls = module.norm_cls
                 change_class(module, lambda tapped_cls, norm_cls=norm_cls: norm_cls)
@@ -85,9 +85,9 @@ class Listener:
     """Takes the class attention of one call of a block.
 
     Args:
-        tap: Where it hears.
-        layout: What the tokens are that the block is called with.
-        rotation: Rotations that it is called with, if any.
+        tap: Tap of the block.
+        layout: Kinds of the tokens in this call.
+        rotation: Rotations in this call, if any.
     """
 
     def __init__(self, tap: Tap, layout: Layout, rotation: Tensor | None) -> None:
@@ -95,30 +95,30 @@ class Listener:
         self.layout = layout
         self.rotation = rotation
         self._with_gradient = torch.is_grad_enabled()
-        self._query: Tensor | None = None  # of the attention whose keys come next
+        self._query: Tensor | None = None  # query of the class token in the attention whose keys come next
         self._postponed: list[tuple[Tensor, Tensor, Any]] = []
         self._attention: Tensor | None = None
 
     def hear_query(self, query: Tensor, attn: Any) -> None:
-        """Take queries of an attention as they leave their norm: (B, H, L, d), or (B, L, H, d) of parallel branches."""
+        """Take normalised queries of an attention: (B, H, L, d), or (B, L, H, d) in a block of parallel branches."""
         query = _by_heads(query, attn)
         self._query = class_attention.class_query(query, self.layout, self.rotation, _rotates_half(attn))
 
     def hear_key(self, key: Tensor, attn: Any) -> None:
-        """Take keys of an attention as they leave their norm: (B, H, L, d), or (B, L, H, d) of parallel branches."""
+        """Take normalised keys of an attention: (B, H, L, d), or (B, L, H, d) in a block of parallel branches."""
         if self._query is None or self._with_gradient != torch.is_grad_enabled():
-            return  # a wrapper may have taken the gradient away, and recompute the block where nobody listens
+            return  # a wrapper may have turned gradients off, to recompute the block later without a listener
         if self._with_gradient and not torch.jit.is_tracing():
-            # Who recomputes the block without a listener, as a wrapper around it may, must find the same tensors saved
-            # for its gradient: views save none. Nobody recomputes while the model is traced, and a trace is checked by
-            # another one, without gradient, which must have the same order.
+            # A wrapper may recompute the block without a listener. The recomputation must save the same tensors for the
+            # gradient, so only views are made here, for which none are saved. Traces are not recomputed. They are
+            # checked by a trace without gradients, which must have the same order of operations.
             self._postponed.append((self._query, key, attn))
         else:
-            self._add(self._query, key, attn)  # at once, because the keys would stay in memory while the MLP runs
-        self._query = None  # a view of all that was projected
+            self._add(self._query, key, attn)  # now, because the keys would stay in memory while the MLP runs
+        self._query = None  # a view, which would keep all projections in memory
 
     def class_attention(self) -> Tensor | None:
-        """Class attention (B, L), summed over the heads of all attentions in the block; None if none could be heard."""
+        """Class attention (B, L), summed over the heads of all attentions in the block; None if there were none."""
         for postponed in self._postponed:
             self._add(*postponed)
         return self._attention
@@ -136,18 +136,18 @@ class Listener:
 
 
 class _Thread(threading.local):
-    """What a thread runs.
+    """The state of a thread.
 
     Attributes:
-        listener: Who hears the block.
-        is_in_model: Whether it is in the forward pass of an evolved model.
+        listener: Listener of the block that the thread runs.
+        is_in_model: Whether the thread is in the forward pass of an evolved model.
     """
     listener: Listener | None = None
     is_in_model = False
 
 
 _thread = _Thread()
-_turn = threading.RLock()  # of the threads that run a compiled block, from which a hook may call another model
+_turn = threading.RLock()  # for one compiled block at a time; a hook in the block may call another model
 
 
 def call_and_score(
@@ -160,19 +160,19 @@ def call_and_score(
     """Call a block and take its class attention.
 
     Args:
-        block: A block that `tap` stands in, wrapped or compiled or not.
+        block: A block with a tap. It may be wrapped or compiled.
         x: Tokens present (B, L, C).
-        tap: Its tap.
-        layout: What these tokens are.
-        rotation: Rotations of the tokens present but the prefix, for a block that takes them.
+        tap: Tap of the block.
+        layout: Kinds of these tokens.
+        rotation: Rotations of these tokens without the prefix, for a block that takes them.
 
     Returns:
-        What the block returns (B, L, C).
-        Class attention (B, L), see `method.published.class_attention`; None if none could be heard.
+        Output of the block (B, L, C).
+        Class attention (B, L), see `method.published.class_attention`; None if the tap got no queries and keys.
     """
     listener = Listener(tap, layout, rotation)
     arguments = {} if rotation is None else {'rope': rotation}
-    if torch.compiler.is_dynamo_compiling():  # of this code; `is_compiling` is true while any thread compiles
+    if torch.compiler.is_dynamo_compiling():  # `is_compiling` would be true while any thread compiles
         tap.listener = listener
         x = block(x, **arguments)
         tap.listener = None
@@ -186,7 +186,7 @@ def call_and_score(
 
 
 class in_model:
-    """A `with` around the blocks of an evolved model, so that blocks that run outside are known."""
+    """A context for the blocks of an evolved model, by which calls of blocks outside of it are found."""
 
     def __enter__(self) -> None:
         self.before = _thread.is_in_model
@@ -197,19 +197,19 @@ class in_model:
 
 
 def _warn_if_alone(attn: Any, caller: FrameType) -> None:
-    """Warn of a block that somebody calls in a loop of his own, which is as in the dense model then.
+    """Warn if other code than the model calls a block, which then computes as in the dense model.
 
     Args:
         attn: The attention whose query norm was called.
-        caller: Who has called it. A graph that was traced from a whole model calls the norms of its attentions itself.
+        caller: Frame of the caller. In a graph that was traced from a whole model, it is not the attention.
     """
-    is_recomputed = is_in_backward()  # by a checkpoint
+    is_recomputed = is_in_backward()  # a checkpoint runs the block again
     if caller.f_locals.get('self') is attn and not is_recomputed and not _is_compiled_in_part(caller):
         _warn_of_own_loop()
 
 
 def _is_compiled_in_part(frame: FrameType | None) -> bool:
-    """Whether it is called by a model after a break of its compiled graph, which has not passed `in_model`."""
+    """Whether the caller is a model after a break of its compiled graph, which does not enter `in_model`."""
     while frame is not None:
         if frame.f_globals.get('__name__') == f'{__package__}.flat':
             return True
@@ -220,8 +220,8 @@ def _is_compiled_in_part(frame: FrameType | None) -> bool:
 @functools.cache  # once in a process
 def _warn_of_own_loop() -> None:
     warnings.warn(
-        'A block of an evolved model was called outside of the forward pass of the model: so it computes what the '
-        "dense model does, for all tokens. Call the model, or its forward_features or forward_intermediates. "
+        'A block of an evolved model was called outside of the forward pass of the model, so it computes what the '
+        'dense model computes, for all tokens. Call the model, or its forward_features or forward_intermediates. '
         'timm_evo.restore makes the model dense.',
         stacklevel=5,
     )
@@ -229,7 +229,7 @@ def _warn_of_own_loop() -> None:
 
 @contextmanager
 def _listening(listener: Listener) -> Iterator[None]:
-    """Listen on this thread, and in compiled blocks."""
+    """A context in which a listener is that of this thread and of compiled code."""
     before = _thread.listener
     _thread.listener = listener.tap.listener = listener
     try:
@@ -239,26 +239,26 @@ def _listening(listener: Listener) -> Iterator[None]:
 
 
 def _holds_compiled(module: nn.Module) -> bool:
-    """Whether compiled code may run within a call of the module; an own `forward` may be compiled."""
+    """Whether compiled code may run in a call of the module. A replaced `forward` may be compiled."""
     if is_compiled(module) or 'forward' in module.__dict__:
         return True
     return any(_holds_compiled(child) for child in children(module))
 
 
 class Tapped(nn.Module):
-    """To stand before the class of a norm, or of the identity in its place: what leaves it is heard.
+    """First base of a norm, or of the identity in its place, that passes the output to a listener.
 
-    What the norm computes is left alone.
+    The output is unchanged.
     """
     if TYPE_CHECKING:
         tap: Tap
-        # A weak reference, because the attention refers to its norms, and cycles stay in memory until Python looks for
-        # them. Its attention is gone where a norm has been put into another one, of which nothing is known.
+        # A weak reference, because the attention refers to its norms, and Python frees cycles late. The attention no
+        # longer exists if a user has moved the norm into another attention, about which nothing is known.
         attention: weakref.ref[Any]
         norm_cls: type[nn.Module]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | dict(attention=self.attention())  # copied with its norms
+        return self.__dict__ | dict(attention=self.attention())  # the attention is copied with its norms
 
     def __setstate__(self, state: dict) -> None:
         attention = state['attention']
@@ -272,7 +272,7 @@ class Tapped(nn.Module):
         return listener if listener is not None and listener.tap is self.tap else None
 
     def _get_name(self) -> str:
-        return self.norm_cls.__name__  # in representations, as in the dense model
+        return self.norm_cls.__name__  # for `repr`, as in the dense model
 
 
 class _TappedQuery(Tapped):
@@ -302,8 +302,8 @@ class _TappedKey(Tapped):
 @functools.cache
 def _tapped_class(norm_cls: type[nn.Module], tapped_cls: type[Tapped]) -> type[Tapped]:
     return type(f'{tapped_cls.__name__}{norm_cls.__name__}', (tapped_cls, norm_cls), {
-        '__module__': norm_cls.__module__,  # which tells symbolic tracing what to look into
-        # a file can't find the class by its name
+        '__module__': norm_cls.__module__,  # by which symbolic tracing decides which modules it traces into
+        # copying and pickling cannot find the class by its name
         '__reduce__': lambda self: (_new, (norm_cls, tapped_cls), self.__getstate__()),
         'norm_cls': norm_cls,
     })
@@ -315,7 +315,7 @@ def _new(norm_cls: type[nn.Module], tapped_cls: type[Tapped]) -> Tapped:
 
 
 def _by_heads(x: Tensor, attn: Any) -> Tensor:
-    """Queries or keys of an attention as (B, H, L, d); a block of parallel branches has tokens before heads."""
+    """Queries or keys of an attention as (B, H, L, d). A block of parallel branches has tokens before heads."""
     return x.transpose(1, 2) if isinstance(attn, ParallelScalingBlock) else x
 
 
@@ -331,7 +331,7 @@ def _attentions(block: Any) -> list[Any]:
     return [block if isinstance(block, ParallelScalingBlock) else block.attn]
 
 
-# timm's blocks and the attentions in them that are known to attend by products of what `q_norm` and `k_norm` return
+# timm's blocks, and their attentions that multiply the outputs of `q_norm` and `k_norm`
 _KNOWN: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     Block: (Attention,),
     ResPostBlock: (Attention,),
@@ -343,10 +343,10 @@ _KNOWN: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
 
 
 def check_block(block: nn.Module) -> None:
-    """Refuse a block whose attention is not known.
+    """Check that a tap can get the queries and keys of a block.
 
     Raises:
-        TypeError: It is none of timm's with `Attention`; what they attend with is known.
+        TypeError: The block or its attention is not of a known class of timm.
     """
     attentions = _attentions(block) if isinstance(block, tuple(_KNOWN)) else [getattr(block, 'attn', None)]
     known = next((known for cls, known in _KNOWN.items() if isinstance(block, cls)), ())
@@ -354,6 +354,6 @@ def check_block(block: nn.Module) -> None:
     if unknown:
         inner = f' with {type(unknown[0]).__name__}' if unknown[0] is not None else ''
         raise TypeError(
-            f'{type(block).__name__}{inner} cannot be evolved: class attention can be taken only from '
+            f'{type(block).__name__}{inner} cannot be evolved, because class attention can be taken only from '
             "timm's Attention in a Block, ResPostBlock, ParallelThingsBlock or ParallelScalingBlock, and from "
             'EvaAttention and AttentionRope in an EvaBlock or EvaBlockPostNorm.')

@@ -33,7 +33,7 @@ class VisionTransformerEvolution(FlatModel):
     def _forward_all_blocks(self, x: Tensor, rope: Tensor | None, grid_width: int | None) -> Tensor:
         if not has_hooks(self.blocks):
             return super()._forward_all_blocks(x, rope, grid_width)
-        blocks = copy.copy(self.blocks)  # called as one module, as in timm, so that its hooks run
+        blocks = copy.copy(self.blocks)  # called as one module, so that its hooks run as in timm
         blocks.forward = lambda x: self._forward_blocks(x, None, grid_width)[0]
         return blocks(x)
 
@@ -47,7 +47,7 @@ class EvoVisionTransformer(  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class EvoVisionTransformerDistilled(VisionTransformerEvolution, VisionTransformerDistilled):
-    """timm's `VisionTransformerDistilled` with token evolution; the class token's attention gives the scores."""
+    """timm's `VisionTransformerDistilled` with token evolution. The attention of the class token gives the scores."""
 
     def _num_read(self) -> int | None:
         return 2

@@ -33,7 +33,7 @@ def load_images(folder: Path, model: nn.Module, num_images: int) -> tuple[Tensor
     if not folder.is_dir():
         raise FileNotFoundError(f'--images {folder}: there is no such folder.')
     if num_images < 1:
-        raise ValueError(f'--num-images {num_images} is not allowed, it must be at least 1.')
+        raise ValueError(f'--num-images {num_images} is not allowed. It must be at least 1.')
     config = resolve_data_config({}, model=model)
     embed: Any = getattr(find_evolved(model)[1] or model, 'patch_embed', None)
     if getattr(embed, 'img_size', None) is not None:

@@ -79,7 +79,7 @@ def tune(
     """
     wish = _check_wish(speedup, agreement, keep_ratio)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f'batch_size={batch_size!r} is not allowed, it must be a whole number of at least 1.')
+        raise ValueError(f'batch_size={batch_size!r} is not allowed. It must be a whole number of at least 1.')
     file = None if save is None else _check_save(Path(save))
     images, labels = _gather(images, labels)
     notes = None if file is None else file.with_suffix('.measured.json')
@@ -102,15 +102,15 @@ def _check_wish(
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if name == 'speedup':
         if not is_number or not 1 < value < math.inf:
-            raise ValueError(f'speedup={value!r} is not allowed, it must be a number above 1: the dense model has 1.')
+            raise ValueError(f'speedup={value!r} is not allowed. It must be a number above 1: the dense model has 1.')
     elif not is_number or not 0 < value < 1:
-        raise ValueError(f'{name}={value!r} is not allowed, it must be a number in (0, 1).')
+        raise ValueError(f'{name}={value!r} is not allowed. It must be a number in (0, 1).')
     return name, float(value)
 
 
 def _check_save(file: Path) -> Path:
     if file.suffix != '.json':
-        raise ValueError(f'save={str(file)!r} is not allowed, it must end with .json.')
+        raise ValueError(f'save={str(file)!r} is not allowed. It must end with .json.')
     if not file.absolute().parent.is_dir():
         raise FileNotFoundError(f'save={str(file)!r}: there is no folder {file.parent}.')
     return file
@@ -127,7 +127,7 @@ def _gather(images: Tensor | Iterable[Batch], labels: Tensor | None) -> tuple[Te
             torch.empty(0, 3, 1, 1))
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(
-            f'images of shape {tuple(images.shape)} and {images.dtype} are not allowed, they must be (N, C, H, W) in '
+            f'images of shape {tuple(images.shape)} and {images.dtype} are not allowed. They must be (N, C, H, W) in '
             'floating point, prepared as the model takes them.')
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(f'labels of shape {tuple(labels.shape)} are not allowed for {len(images)} images.')
