@@ -68,7 +68,7 @@ def run_ray(args: argparse.Namespace, folder: Path, output: Path) -> dict[str, f
     result = {'seconds': seconds, 'images_per_second': after_first / (last - first)}
     for i, name in enumerate(('rss', 'private'), 1):
         third = len(memory) // 3
-        for part, samples in (('second', memory[third:2 * third]), ('last', memory[-third:])):  # without the first third, in which processes start
+        for part, samples in (('second', memory[third:2 * third]), ('last', memory[-third:])):  # processes start first
             result[f'{name}_{part}_third_mb'] = statistics.mean(each[i] for each in samples) / 1e6 if third else 0.
     return result
 

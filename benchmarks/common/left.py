@@ -17,8 +17,8 @@ class Features:
 
     The class token is that of `model(images)`. Patch tokens and maps are from `model.forward_features(images)` of a
     model that returns its whole grid. Tokens are compared by their cosine, after subtraction of the mean of the dense
-    ones. Maps are compared by their correlation. Neighbours are searched among the class tokens of the dense model, as in an
-    index that was made with it.
+    ones. Maps are compared by their correlation. Neighbours are searched among the class tokens of the dense model, as
+    in an index that was made with it.
 
     Args:
         dense: The dense model.
