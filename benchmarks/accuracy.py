@@ -40,12 +40,12 @@ def lock_folder(folder: Path) -> IO:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SystemExit(f'--output: another process uses {folder}, perhaps a train.py of an earlier run') from None
+        raise SystemExit(f'--output: another process uses {folder}. It may be a train.py of an earlier run.') from None
     return lock
 
 
 def link_images(data_dir: Path, split: str, target: Path, per_class: int | None) -> int:
-    """Link the images of a split, or the first ones of each class, to `target`; returns their number."""
+    """Link the images of a split, or the first ones of each class, to `target`, and return their number."""
     files = [Path(file) for file, _ in create_dataset('', root=str(data_dir), split=split).reader.samples]  # in order
     if per_class is None:
         target.symlink_to((data_dir / split).resolve())
@@ -78,7 +78,7 @@ def prepare_images(args: argparse.Namespace) -> tuple[dict, dict]:
 
 
 def plan_trainings(entries: list[Entry], script: Path, images: dict, runs: Path) -> list[Training]:
-    """All trainings; the first seed of all variants comes before the second seed."""
+    """All trainings. The first seed of all variants comes before the second seed."""
     trainings = []
     for entry in entries:
         num_epochs, num_updates = entry.count(script, images['train_images'])
@@ -118,7 +118,7 @@ def train_all(
 
 
 def make_variants(entries: list[Entry], script: Path) -> list[Variant]:
-    """The model of each entry as it is after training, to be compared with the dense one with the same head."""
+    """The model of each entry after training, which is compared with the dense model with the same head."""
     models = {}
     for entry in entries:
         args = parse_options(script, entry.options)
@@ -139,9 +139,9 @@ def make_variants(entries: list[Entry], script: Path) -> list[Variant]:
 
 
 def measure_throughput(entries: list[Entry], variants: list[Variant], settings: dict) -> dict[str, dict]:
-    """Inference and training of all variants, as `throughput.summarise` gives them.
+    """Throughput of all variants in inference and training, see `summarise`.
 
-    If selection is first layer-wise, both phases of training are measured, and weighted by their shares.
+    If selection is layer-wise at first, both phases of training are measured, and weighted by their shares.
     """
     arguments = dict(
         device=torch.device(settings['device']),
@@ -230,7 +230,7 @@ def format_table(results: dict[str, dict]) -> str:
 
 
 def draw(results: dict[str, dict], title: str) -> Figure:
-    """Top-1 by epoch, with the range of the seeds, and, once measured, against throughput."""
+    """Top-1 by epoch, with the range of the seeds, and if it is measured against throughput."""
     measured = any('inference' in row for row in results.values())
     figure = Figure(figsize=(15 if measured else 8, 5), layout='constrained')
     figure.suptitle(title)
@@ -256,7 +256,7 @@ def draw(results: dict[str, dict], title: str) -> Figure:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Accuracy and speed of models trained by timm's train.py.")
-    parser.add_argument('--recipe', type=Path, required=True, metavar='FILE', help='what to train, see recipes/')
+    parser.add_argument('--recipe', type=Path, required=True, metavar='FILE', help='file of the recipe, see recipes/')
     parser.add_argument(
         '--data-dir', type=Path, required=True, metavar='DIR', help='folder with train/ and validation/, val/ or test/')
     parser.add_argument(
@@ -269,7 +269,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='folder for checkpoints and logs')
     add_results(parser)
     add_device(parser)
-    parser.add_argument('--variants', nargs='+', metavar='LABEL', help='only these (default: all of the recipe)')
+    parser.add_argument('--variants', nargs='+', metavar='LABEL', help='variants to train (default: all of the recipe)')
     parser.add_argument('--seeds', nargs='+', type=int, metavar='N', help="seeds instead of the recipe's")
     parser.add_argument('--epochs', type=positive_int, metavar='N', help="epochs instead of the recipe's")
     parser.add_argument(
@@ -337,7 +337,7 @@ def main() -> None:
     try:
         train_all(trainings, script, places, lock, lambda: write({}))
     except KeyboardInterrupt:
-        raise SystemExit('\ninterrupted; the same command continues from here') from None
+        raise SystemExit('\nThe run was interrupted. The same command continues it.') from None
     print(f'\n{write(measure_throughput(entries, variants, settings))}')
 
 

@@ -40,14 +40,14 @@ SETTINGS = [
 
 
 def import_before(checkout: Path) -> None:
-    """Make the library of another checkout importable, without its `__init__`, which would register its models."""
+    """Make the library of another checkout importable without its `__init__`, which would register its models."""
     package = types.ModuleType(BEFORE)
     package.__path__ = [str(checkout / 'timm_evo')]
     sys.modules[BEFORE] = package
 
 
 def build_before(dense: str, selection: str) -> nn.Module:
-    # modules that have had `evolve`, newest first
+    # modules in which `evolve` was in some state, newest first
     for name in ('api', 'instances', 'vision_transformer'):
         if (Path(sys.modules[BEFORE].__path__[0]) / f'{name}.py').exists():
             evolve = importlib.import_module(f'{BEFORE}.{name}').evolve
@@ -92,7 +92,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--checkout', type=Path, required=True, metavar='DIR', help='folder with the other state')
     parser.add_argument('--rounds', type=positive_int, default=21, metavar='N', help='timed rounds (default: 21)')
     parser.add_argument(
-        '--only', default='', metavar='TEXT', help='only settings whose description has this text, such as "batch 1,"')
+        '--only', default='', metavar='TEXT',
+        help='run only settings whose description has this text, such as "batch 1,"')
     add_device(parser)
     add_results(parser, ('.json', '.md'))
     args = parser.parse_args()

@@ -1,14 +1,15 @@
 """ Patch features of a frozen backbone: their similarity to the dense ones, and their change from frame to frame
 
-DINOv2's ViT-S/14, from the file that `common/saliency.py` describes, on photos of
+The model is DINOv2's ViT-S/14, from the file that `common/saliency.py` describes. The photos are those of
 https://github.com/EliSchwartz/imagenet-sample-images:
 
     python benchmarks/backbones.py --features vit_s_focus.onnx --photos imagenet-sample-images --num-images 100 \
         --results benchmarks/results/backbones_cpu
 
 The next frame is the photo with noise of one grey level. With similarity, other tokens may be averaged in it, so the
-features of a patch change more than in the dense model: the table has the ratio. Rows without a final norm are for
-backbones of `features_only=True`, which compare the tokens as they are. "published" is `selection='stage'`.
+features of a patch change more than in the dense model. The table has the ratio of the changes. Rows without a final
+norm are for backbones of `features_only=True`, which compare the tokens as they are. "published" is
+`selection='stage'`.
 """
 import argparse
 import copy
@@ -33,7 +34,7 @@ COLUMNS = ('patch_tokens', 'saliency', 'motion')
 
 
 class Backbone(nn.Module):
-    """An evolved model that compares its tokens as they are, as without a final norm; the norm follows the model."""
+    """An evolved model that compares its tokens as they are. Its final norm is applied after the model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -73,9 +74,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--features', type=Path, required=True, metavar='FILE', help='vit_s_focus.onnx')
     parser.add_argument('--photos', type=Path, required=True, metavar='FOLDER', help='photos, as .JPEG, .jpg or .png')
-    parser.add_argument('--num-images', type=positive_int, default=100, help='how many of them (default: %(default)s)')
+    parser.add_argument('--num-images', type=positive_int, default=100, help='number of photos (default: %(default)s)')
     parser.add_argument('--img-size', type=positive_int, default=224, help='multiple of 14 (default: %(default)s)')
-    parser.add_argument('--batch-size', type=positive_int, default=10, help='photos at a time (default: %(default)s)')
+    parser.add_argument(
+        '--batch-size', type=positive_int, default=10, help='number of photos in a batch (default: %(default)s)')
     add_device(parser)
     add_results(parser, ('.json', '.md'))
     args = parser.parse_args()
@@ -102,7 +104,7 @@ def main() -> None:
         [[name, *(f'{row[column]:.3f}' for column in COLUMNS)] for name, row in rows.items()])
     text = (
         f'Patch tokens of a frozen DINOv2 ViT-S/14, {len(files)} photos of {args.img_size} pixels: cosine to the dense '
-        'ones, correlation of the saliency map, and how far they move in a frame with noise of one grey level (dense: '
+        'ones, correlation of the saliency map, and change in a frame with noise of one grey level (dense: '
         f'1)\n\n{table}\n{summarise_environment(environment)}.\n')
     with replacing(args.results.with_name(args.results.name + '.md')) as part:
         part.write_text(text)

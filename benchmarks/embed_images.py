@@ -24,7 +24,7 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils import ParseKwargs
 from torch.utils.data import DataLoader
 
-CORES = 2  # of each
+CORES = 2  # cores of each measurement
 SCRIPT = Path(__file__).parents[1] / 'examples' / 'embed_images.py'
 
 
@@ -59,7 +59,7 @@ def run_ray(args: argparse.Namespace, folder: Path, output: Path) -> dict[str, f
         memory.append((time.time(), sum(each.rss for each in used), sum(each.rss - each.shared for each in used)))
         time.sleep(0.5)
     seconds = time.time() - begin
-    assert process.returncode == 0, 'examples/embed_images.py failed: run it alone to see why'
+    assert process.returncode == 0, 'examples/embed_images.py failed. Run it alone to see the error.'
     files = sorted((file.stat().st_mtime, pq.read_metadata(file).num_rows) for file in output.glob('features/*'))
     assert sum(rows for _, rows in files) == args.images
     first, last = files[0][0], files[-1][0]
@@ -68,7 +68,7 @@ def run_ray(args: argparse.Namespace, folder: Path, output: Path) -> dict[str, f
     result = {'seconds': seconds, 'images_per_second': after_first / (last - first)}
     for i, name in enumerate(('rss', 'private'), 1):
         third = len(memory) // 3
-        for part, samples in (('second', memory[third:2 * third]), ('last', memory[-third:])):  # processes start before
+        for part, samples in (('second', memory[third:2 * third]), ('last', memory[-third:])):  # processes start first
             result[f'{name}_{part}_third_mb'] = statistics.mean(each[i] for each in samples) / 1e6 if third else 0.
     return result
 
@@ -79,20 +79,20 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=600, help='number of images')
     parser.add_argument('--model', default='evo_deit_tiny_patch16_224', help='a model of timm')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
-    parser.add_argument('--batch-size', type=int, default=32, help='of both')
-    parser.add_argument('--rounds', type=int, default=3, help='rounds of each, in turn')
+    parser.add_argument('--batch-size', type=int, default=32, help='batch size of both')
+    parser.add_argument('--rounds', type=int, default=3, help='number of rounds of each, in turn')
     parser.add_argument('--results', type=Path, metavar='PREFIX', help='write PREFIX.json and PREFIX.md')
     args = parser.parse_args()
     found = [file for file, _ in find_images_and_targets(args.data)[0]]
     if len(found) < args.images:
-        parser.error(f'--images must be at most the {len(found)} of {args.data}, not {args.images}')
+        parser.error(f'--images must be at most {len(found)}, the number of images in {args.data}, not {args.images}')
     if args.images <= args.batch_size:  # a file has one batch, and throughput is measured between files
         parser.error(f'--images must be more than --batch-size {args.batch_size}, not {args.images}')
     torch.set_num_threads(1)
     measured: dict[str, list[dict]] = {'plain loop': [], 'Ray Data': []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, 'images')
-        for i in range(args.images):  # some of each class
+        for i in range(args.images):  # images of all classes
             link = folder / 'all' / f'{i}{Path(found[i]).suffix}'
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(Path(found[i * len(found) // args.images]).absolute())

@@ -1,15 +1,15 @@
-""" How much a classifier's explanations change: Grad-CAM and attention rollout of evolved models and of the dense one
+""" Explanations of an evolved classifier compared with those of the dense one: Grad-CAM and attention rollout
 
-Both use hooks, whose values `timm_evo.whole_grid` brings back to the grid. Grad-CAM uses the last block's first norm
+Both use hooks, whose values `timm_evo.whole_grid` spreads to the whole grid. Grad-CAM uses the last block's first norm
 and the class that the dense model predicts. Attention rollout uses all blocks, as (A + I) / 2 of the mean over heads.
 The result is the correlation with the dense model's map of the same photo, over the grid of patches.
 
-With photos of https://github.com/EliSchwartz/imagenet-sample-images, and timm's pretrained weights or a checkpoint:
+Example with photos of https://github.com/EliSchwartz/imagenet-sample-images and a checkpoint (default: pretrained):
 
     python benchmarks/explained.py --weights deit_tiny.safetensors --photos imagenet-sample-images --num-images 240 \
         --results benchmarks/results/explained_cpu
 
-Every 25th photo, beginning with the first by name, is not used: the rules of `whole_grid` were chosen on these.
+Every 25th photo in the order of names, from the first, is left out: the rules of `whole_grid` were chosen on these.
 """
 import argparse
 import copy
@@ -39,7 +39,7 @@ NAMES = {'similarity': 'similarity', 'stage': 'published'}
 
 @contextmanager
 def removed(*handles: RemovableHandle) -> Iterator[None]:
-    """Hooks that are removed afterwards."""
+    """A context that removes hooks at its end."""
     try:
         yield
     finally:
@@ -73,15 +73,15 @@ def rollout(model: nn.Module, images: Tensor) -> Tensor:
     hooks = [block.attn.attn_drop.register_forward_hook(see) for block in model.blocks]
     with timm_evo.whole_grid(model) as grid, removed(*hooks):
         model(images)
-    looks = maps[-1].new_zeros(len(images), 1, maps[-1].shape[2])
-    looks[:, :, 0] = 1
+    total = maps[-1].new_zeros(len(images), 1, maps[-1].shape[2])
+    total[:, :, 0] = 1
     for attention in reversed(maps):
-        looks = (looks @ attention + looks) / 2
-    return looks[:, 0, model.num_prefix_tokens:]
+        total = (total @ attention + total) / 2
+    return total[:, 0, model.num_prefix_tokens:]
 
 
 def correlate(maps: Tensor, dense_maps: Tensor) -> Tensor:
-    """Correlation of two maps (B, N) of each photo (B,); 0 where one is empty."""
+    """Correlation of two maps (B, N) of each photo (B,); 0 if one is empty."""
     maps, dense_maps = (x - x.mean(dim=1, keepdim=True) for x in (maps, dense_maps))
     return torch.cosine_similarity(maps, dense_maps, dim=1)
 
@@ -149,9 +149,9 @@ def parse_args() -> argparse.Namespace:
         '--model', default='deit_tiny_patch16_224', help="timm's ViT with a class token (default: %(default)s)")
     parser.add_argument(
         '--weights', type=Path, metavar='FILE', help='checkpoint of the dense model (default: pretrained ones)')
-    parser.add_argument('--photos', type=Path, required=True, metavar='FOLDER', help='of photos')
+    parser.add_argument('--photos', type=Path, required=True, metavar='FOLDER', help='folder of photos')
     parser.add_argument('--num-images', type=positive_int, default=240, metavar='N', help='photos (default: 240)')
-    parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='photos at once (default: 16)')
+    parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='batch size (default: 16)')
     add_results(parser, ('.json', '.md'))
     return parser.parse_args()
 
@@ -162,7 +162,7 @@ def main() -> None:
     if not isinstance(dense, VisionTransformer) or dense.cls_token is None:
         raise SystemExit(f"--model: {args.model} is not one of timm's VisionTransformer with a class token")
     for block in dense.blocks:
-        block.attn.fused_attn = False  # a fused attention has no map
+        block.attn.fused_attn = False  # fused attention has no attention map
     photos = load_photos(args.photos, args.num_images, dense)
     title = f'Correlation with the maps of the dense {args.model}, {len(photos)} photos: mean and its standard error'
     environment = describe_environment(torch.device('cpu'))

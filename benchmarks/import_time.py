@@ -1,8 +1,8 @@
 """ Time that the plugin adds to a process that imports torch, but not timm
 
-PyTorch imports timm-evo at the end of `import torch`. This script uses fresh processes. It measures `import timm_evo`
-after torch was imported without plugins, which is the added time, and `import torch` without and with plugins, which is
-noisy and includes PyTorch's search for plugins.
+PyTorch imports timm-evo at the end of `import torch`. This script uses fresh processes. The added time is that of
+`import timm_evo` after torch was imported without plugins. `import torch` is also measured without and with plugins,
+but this time is noisy and includes PyTorch's search for plugins.
 
     python benchmarks/import_time.py --output results.json
 """
@@ -55,7 +55,7 @@ def run_child(code: str, autoload: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description='Time that timm-evo adds to import torch.')
     parser.add_argument('--rounds', type=int, default=15, help='processes of each kind (default: 15)')
-    parser.add_argument('--output', type=Path, metavar='FILE', help='write the results here, as JSON')
+    parser.add_argument('--output', type=Path, metavar='FILE', help='JSON file for the results')
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f'--rounds must be at least 1, not {args.rounds}')

@@ -1,27 +1,27 @@
-""" All measurements that need a GPU, in calls of some minutes, each of which continues the last one
+""" All measurements that need a GPU, in calls of some minutes that continue each other
 
     python benchmarks/on_gpu.py --minutes 9 --scripts pytorch-image-models --cifar10 cifar10 --tome ToMe --evit evit \
         --features vit_s_focus.onnx --photos imagenet-sample-images \
         --weights deit_tiny.safetensors --imagenet imagenet/val
 
-It needs torch, Triton, timm and this checkout, which need not be installed; step 'frozen' also needs matplotlib and
-onnx. The steps, in their order:
+It needs torch, Triton, timm and this checkout, which does not have to be installed. Step 'frozen' also needs
+matplotlib and onnx. The steps in order are:
 
-* equal: whether the kernels compute the same as the library without them
+* equal: comparison of the results with and without kernels
 * compiled, graphs, eager: time of inference with and without kernels, compared with the dense model, ToMe and EViT
 * training: time of training steps, compiled and eager
 * scripts: timm's train.py and validate.py
 * tests: the tests that compute on the device
-* frozen: accuracy that frozen weights keep in bfloat16
+* frozen: accuracy of frozen weights in bfloat16
 * cifar: CIFAR-10 from scratch, three seeds
 
 Each result is written to on_gpu_<device>.jsonl at once, so nothing is lost when the command is killed. The next call
 skips what was measured with this state of the library on such a machine. on_gpu_<device>.md has the tables,
-on_gpu_<device>_profiles.txt the kernels that take the most time. A step whose folders are not given is skipped.
+and on_gpu_<device>_profiles.txt has the kernels that take the most time. A step whose folders are not given is skipped.
 
     python benchmarks/on_gpu.py --device cpu --quick --results output
 
-tries all steps at tiny sizes, whose times mean nothing.
+This tries all steps at tiny sizes. Its times have no meaning.
 """
 import sys
 from pathlib import Path

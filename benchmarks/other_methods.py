@@ -1,14 +1,14 @@
-""" Speed of token evolution and of other token reduction, each in its authors' own code, in one run
+""" Speed of token evolution and of other methods of token reduction, in their authors' code, in one run
 
     python benchmarks/other_methods.py --tome ToMe --evit evit --dynamic-vit DynamicViT --evo-vit Evo-ViT \
         --results benchmarks/results/other_methods_cpu
 
 Each option is a clone of a repository: https://github.com/facebookresearch/ToMe, https://github.com/youweiliang/evit,
 https://github.com/raoyongming/DynamicViT and https://github.com/YifanXu74/Evo-ViT. Methods without a clone are skipped.
-All models are DeiT, and each method has a setting with about the multiply-adds of the published Evo-ViT; its numbers of
-tokens grow with the image. This package is measured with the published selection `'stage'`, with the same and a last
-block that computes all tokens, as in the other methods, and with selection by similarity.
-Weights are random: this measures speed, not accuracy.
+All models are DeiT. The setting of each method has about the multiply-accumulates of the published Evo-ViT, and its
+numbers of tokens grow with the image. This package is measured with the published selection `'stage'`, with the same
+selection and a whole last block, as in the other methods, and with selection by similarity. Weights are random, because
+only speed is measured.
 """
 import argparse
 from collections.abc import Callable
@@ -119,7 +119,7 @@ def format_table(summary: dict[str, dict]) -> str:
 
 
 def draw(variants: list[Variant], summary: dict[str, dict], title: str) -> Figure:
-    """Speed-up against the remaining share of multiply-adds, with the limit that it sets."""
+    """Draw the speed-up against the remaining share of multiply-accumulates, with the limit that it sets."""
     figure = Figure(figsize=(8, 5.5), layout='constrained')
     axis = figure.subplots()
     axis.set(title=title, xlabel='share of the dense GMACs', ylabel='ratio to the dense throughput')
@@ -149,7 +149,7 @@ def parse_args() -> argparse.Namespace:
     for option, (label, _) in METHODS.items():
         parser.add_argument(
             f'--{option.replace("_", "-")}', type=clone, metavar='FOLDER', help=f'clone of the repository: {label}')
-    parser.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES), help='of DeiT (default: all)')
+    parser.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES), help='sizes of DeiT (default: all)')
     parser.add_argument(
         '--img-size',
         type=positive_int,
@@ -158,9 +158,10 @@ def parse_args() -> argparse.Namespace:
         help=f'multiple of {PATCH_SIZE} pixels (default: {PUBLISHED_SIZE})',
     )
     add_device(parser)
-    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of weights and images (default: float32)')
+    parser.add_argument(
+        '--dtype', choices=DTYPES, default='float32', help='dtype of weights and images (default: float32)')
     parser.add_argument('--threads', type=positive_int, metavar='N', help='CPU threads (default: all)')
-    parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='images (default: 16)')
+    parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='batch size (default: 16)')
     parser.add_argument('--rounds', type=positive_int, default=15, metavar='N', help='timed rounds (default: 15)')
     add_results(parser)
     args = parser.parse_args()
@@ -171,7 +172,7 @@ def parse_args() -> argparse.Namespace:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if all(getattr(args, option) is None for option in METHODS):
-        parser.error('there is nothing to compare with, give at least one clone')
+        parser.error('at least one clone of another method must be given')
     return args
 
 
@@ -182,7 +183,7 @@ def main() -> None:
         if (folder := getattr(args, option)) is not None:
             builds[label] = build(folder)
     variants, results = [], {}
-    for size in args.sizes:  # in turn, so that a method's neighbours are models of its size
+    for size in args.sizes:  # one size after the other, so that models of the same size are timed together
         own = find_variants(size, args.img_size, builds)
         results |= measure(
             own, rounds=args.rounds, device=args.device, dtype=DTYPES[args.dtype], batch_size=args.batch_size)

@@ -1,9 +1,9 @@
-""" Which operators take the time of a model and of its dense twin
+""" The operators that take most of the time of a model and of its dense twin
 
     python benchmarks/profile_model.py --models evo_deit_small_patch16_224 --results before
 
-Profiles a few steps with torch.profiler and writes the operators, or on CUDA the kernels, that take most of the time,
-the number of operators that PyTorch has called and of kernels that the CPU has launched. All figures are per step.
+This profiles a few steps with torch.profiler. It writes the operators, or on CUDA the kernels, that take most of the
+time, and the numbers of operators that PyTorch has called and of kernels that the CPU has launched. All are per step.
 Times include the cost of the profiler, so use those of `throughput.py` for ratios.
 """
 import argparse
@@ -29,7 +29,7 @@ MAX_NAME = 90  # names of kernels can be thousands of letters long
 
 
 def profile_step(step: Step) -> list[tuple[str, float, int, bool]]:
-    """Name, microseconds and calls of each operator of a step, and of each kernel on CUDA, and whether it is timed.
+    """Name, microseconds and calls of each operator and CUDA kernel of a step, and whether its time counts.
 
     On CUDA the kernels are timed, and the operators that launch them are only counted.
     """
@@ -43,7 +43,7 @@ def profile_step(step: Step) -> list[tuple[str, float, int, bool]]:
     for event in profiler.key_averages():
         if event.device_type == DeviceType.CPU:
             events.append((event.key, event.self_cpu_time_total, event.count, not on_cuda))
-        elif not event.is_user_annotation:  # not for named ranges, whose kernels are counted themselves
+        elif not event.is_user_annotation:  # kernels of named ranges are counted themselves
             events.append((event.key, event.self_device_time_total, event.count, True))
     return events
 
@@ -99,7 +99,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Operators that take the time of evolved models and their twins.')
     add_models(parser, DEFAULT_MODELS)
     add_how(parser)
-    parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='images (default: 16)')
+    parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='batch size (default: 16)')
     parser.add_argument('--img-size', type=positive_int, metavar='N', help="image size (default: each model's own)")
     parser.add_argument('--steps', type=positive_int, default=5, metavar='N', help='profiled steps (default: 5)')
     parser.add_argument(
@@ -114,7 +114,7 @@ def main() -> None:
     steps, results = prepare(variants, batch_size=args.batch_size, **choose_how(args))
     profiled = defaultdict(list)
     with tqdm(total=(NUM_WARMUP + args.steps) * len(steps), unit='step') as progress:
-        for i in range(NUM_WARMUP + args.steps):  # models in turn, so that other load on the machine slows all
+        for i in range(NUM_WARMUP + args.steps):  # in turn, so that other load on the machine slows all models
             for label, step in steps.items():
                 progress.set_description(label)
                 if i < NUM_WARMUP:

@@ -1,4 +1,4 @@
-""" Time and memory against image size and batch size, of evolved models and their dense twins
+""" Time and memory of evolved models and their dense twins by image size and batch size
 
     python benchmarks/scaling.py --batch-sizes 1 16 --results benchmarks/results/scaling_cpu
 
@@ -21,7 +21,7 @@ IMG_SIZES = [224, 288, 384, 448, 512]
 
 
 def measure_setting(variants: list[Variant], img_size: int, batch_size: int, rounds: int, how: dict) -> dict:
-    """One image size and batch size, and under `models` the result of `summarise`, or None if it did not fit."""
+    """The image size, the batch size, and under `models` the result of `summarise`; None if it did not fit."""
     try:
         results = measure(variants, rounds=rounds, batch_size=batch_size, **how)
         models = summarise(variants, results, batch_size)
@@ -56,7 +56,7 @@ def format_table(rows: list[dict]) -> str:
 
 
 def draw(variants: list[Variant], rows: list[dict], title: str) -> Figure:
-    """Speed-up with its limit, and memory, against image size, with a line for each model and batch size."""
+    """Draw speed-up, its limit and memory against image size, with a line for each model and batch size."""
     figure = Figure(figsize=(13, 5.5), layout='constrained')
     figure.suptitle(title)
     speed, memory = figure.subplots(1, 2)
@@ -79,7 +79,7 @@ def draw(variants: list[Variant], rows: list[dict], title: str) -> Figure:
                 draw_line(speed, batch_size, label, 'ratio_to_dense', **style)
         if not is_dense and batch_sizes:
             limit = dict(color=f'C{i % 10}', linestyle='--', label=f'{label}, limit set by the FLOPs')
-            draw_line(speed, batch_sizes[0], label, 'flop_ratio_to_dense', **limit)  # of any batch size
+            draw_line(speed, batch_sizes[0], label, 'flop_ratio_to_dense', **limit)  # for all batch sizes
     for axis in (speed, memory):
         axis.set(xlabel='image size (pixels)', xticks=sorted({row['img_size'] for row in rows}))
         axis.grid(alpha=0.3)
@@ -98,15 +98,15 @@ def parse_args() -> argparse.Namespace:
         type=positive_int,
         default=IMG_SIZES,
         metavar='N',
-        help=f'in pixels (default: {" ".join(map(str, IMG_SIZES))})',
+        help=f'image sizes in pixels (default: {" ".join(map(str, IMG_SIZES))})',
     )
     parser.add_argument(
-        '--batch-sizes', nargs='+', type=positive_int, default=[16], metavar='N', help='images (default: 16)')
+        '--batch-sizes', nargs='+', type=positive_int, default=[16], metavar='N', help='batch sizes (default: 16)')
     parser.add_argument('--rounds', type=positive_int, default=11, metavar='N', help='timed rounds (default: 11)')
     add_results(parser)
     args = parse_and_check(parser)
     if all(name == dense_twin(name) for name in args.models):
-        parser.error('--models needs an evolved model')
+        parser.error('--models must have an evolved model')
     args.img_sizes, args.batch_sizes = sorted(set(args.img_sizes)), sorted(set(args.batch_sizes))
     return args
 

@@ -3,9 +3,9 @@
     python benchmarks/selections.py --results benchmarks/results/selections_cpu
     python benchmarks/selections.py --family rope --results benchmarks/results/selections_rope_cpu
 
-Each ratio has its limit beside it, the ratio of multiply-adds. PyTorch is measured as in `throughput.py`. Files are
-ONNX, written by `torch.onnx.export`, and run by onnxruntime and by OpenVINO on the CPU, batch by batch in turn. Results
-are written after each setting, so the same command continues an interrupted run.
+Each ratio is given with its limit, the ratio of multiply-accumulates. PyTorch is measured as in `throughput.py`. Files
+are ONNX, written by `torch.onnx.export`, and run by onnxruntime and by OpenVINO on the CPU, batch by batch in turn.
+Results are written after each setting, so the same command continues an interrupted run.
 """
 import argparse
 import json
@@ -103,7 +103,7 @@ def time_files(model: str, img_size: int, batch_size: int, runtime: str, rounds:
 
 
 def summarise_seconds(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Medians, and medians of the ratios within each round; larger ratios are faster."""
+    """Medians, and medians of the ratios in each round. A larger ratio means faster."""
 
     def ratio(of: str, to: str) -> float:
         return statistics.median(b / a for a, b in zip(seconds[of], seconds[to], strict=True))
@@ -121,7 +121,7 @@ def name_setting(setting: tuple[str, tuple[int, int], str]) -> str:
 
 
 def count_limits(model: str, img_size: int) -> dict[str, float]:
-    """Ratio of the multiply-adds of the dense model to those of each selection."""
+    """Ratio of the multiply-accumulates of the dense model to those of each selection."""
     gmacs = {}
     with torch.device('meta'):
         for variant in make_variants(model, img_size):
@@ -156,7 +156,7 @@ def format_text(records: dict[str, dict], environment: dict) -> str:
 
 
 def read_records(file: Path, environment: dict) -> dict[str, dict]:
-    """Settings measured before. Other machines or versions are an error."""
+    """Settings of an earlier run, which must have the same machine and versions."""
     if not file.exists():
         return {}
     before = json.loads(file.read_text())
@@ -168,11 +168,11 @@ def read_records(file: Path, environment: dict) -> dict[str, dict]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Speed of the selections, in PyTorch and as exported files.')
-    parser.add_argument('--family', choices=SETTINGS, default='deit', help='which models (default: deit)')
+    parser.add_argument('--family', choices=SETTINGS, default='deit', help='family of models (default: deit)')
     parser.add_argument(
         '--rounds', type=positive_int, default=15, metavar='N',
         help=f'timed rounds, {LATENCY_ROUNDS} times as many at batch 1 (default: 15)')
-    parser.add_argument('--again', action='store_true', help='measure again what PREFIX.json has already')
+    parser.add_argument('--again', action='store_true', help='repeat measurements that PREFIX.json has already')
     add_results(parser, ('.json', '.md'))
     return parser.parse_args()
 
@@ -188,7 +188,7 @@ def main() -> None:
         name = name_setting(setting)
         print(f'{i + 1} of {len(settings)}: {name}')
         if name in records:
-            print('    measured before')
+            print('    is measured already')
             continue
         records[name] = measure_setting(setting, args.rounds)
         write_report(args.results, format_text(records, environment), {**environment, 'settings': records})

@@ -35,15 +35,15 @@ class Setting:
     """A setting to measure.
 
     Attributes:
-        models: Evolved models; their dense twins are added.
-        batch_size: Images.
-        img_size: Image size; the models' own if None.
+        models: Evolved models. Their dense twins are added.
+        batch_size: Number of images in a batch.
+        img_size: Image size; None for that of each model.
         dtype: Name of the dtype of weights and images.
-        autocast: Dtype of mixed precision; no mixed precision if None.
-        compile_mode: Mode of torch.compile; eager if None.
-        train: Training instead of inference.
+        autocast: Dtype of mixed precision; None for no mixed precision.
+        compile_mode: Mode of torch.compile; None for eager.
+        train: Whether it is training instead of inference.
         reparam: Whether batch norms are fused.
-        selections: Each evolved model is measured with each of these; with its default if there are none.
+        selections: Selections with which each evolved model is measured. If there are none, the default is used.
     """
     models: list[str]
     batch_size: int
@@ -56,7 +56,7 @@ class Setting:
     selections: tuple[str, ...] = ()
 
 
-# Weights are random, so the DeiTs for 224 pixels, which exist in all three sizes, are measured at 384 pixels, too.
+# Weights are random, so the DeiTs for 224 pixels, which exist in all sizes, are also measured at 384 pixels.
 SETTINGS = {
     'cpu': {
         'deit-224': Setting(DEIT, 16),
@@ -106,7 +106,7 @@ def measure_setting(setting: Setting, device: torch.device, rounds: int) -> dict
     if setting.batch_size == 1:
         rounds *= LATENCY_ROUNDS
     summary = {}
-    for names in by_dense_twin(setting.models):  # one by one, as models of other sizes change the memory
+    for names in by_dense_twin(setting.models):  # separately, because models of other sizes change the memory
         variants = with_twins(names, setting.img_size, each=[{'selection': each} for each in setting.selections])
         results = measure(
             variants,
@@ -125,7 +125,7 @@ def measure_setting(setting: Setting, device: torch.device, rounds: int) -> dict
 
 
 def format_text(records: dict[str, dict]) -> str:
-    """A table of each setting, and its description."""
+    """A table of all settings, and their descriptions."""
     header = [
         'setting', 'model', 'img/s', 'ms/batch', 'ratio to dense', 'FLOP limit', 'reached', 'memory (MB)',
         'memory ratio']
@@ -162,7 +162,7 @@ def format_setting(record: dict) -> str:
 
 
 def read_records(file: Path, device: torch.device) -> dict[str, dict]:
-    """Settings measured before. Other machines or versions are an error."""
+    """Settings of an earlier run, which must have the same machine and versions."""
     if not file.exists():
         return {}
     try:
@@ -174,7 +174,7 @@ def read_records(file: Path, device: torch.device) -> dict[str, dict]:
         for key in ('machine', 'versions'):
             if record[key] != now[key]:
                 raise SystemExit(
-                    f'--results: {file} has {name} with {key} {record[key]}, now it is {now[key]}. Use another PREFIX.')
+                    f'--results: {file} has {name} with {key} {record[key]}, not {now[key]}. Use another PREFIX.')
     return records
 
 
@@ -183,11 +183,12 @@ def parse_args() -> argparse.Namespace:
     add_device(parser)
     names = [f'{device}: {", ".join(settings)}' for device, settings in SETTINGS.items()]
     parser.add_argument(
-        '--settings', nargs='+', metavar='NAME', help=f'only these (default: all of the device); {"; ".join(names)}')
+        '--settings', nargs='+', metavar='NAME',
+        help=f'settings to measure (default: all of the device); {"; ".join(names)}')
     parser.add_argument('--rounds', type=positive_int, default=9, metavar='N', help='timed rounds (default: 9)')
     parser.add_argument(
         '--threads', type=positive_int, metavar='N', help=f'CPU threads (default: {CPU_THREADS}, on CUDA all)')
-    parser.add_argument('--again', action='store_true', help='measure again what PREFIX.json has already')
+    parser.add_argument('--again', action='store_true', help='repeat measurements that PREFIX.json has already')
     add_results(parser, ('.json', '.md'))
     args = parser.parse_args()
     known = SETTINGS[args.device.type]
@@ -207,13 +208,13 @@ def main() -> None:
     for i, name in enumerate(args.settings):
         print(f'{i + 1} of {len(args.settings)}: {name}')
         if name in records and not args.again:
-            print('    measured before')
+            print('    is measured already')
             continue
         try:
             record = measure_setting(SETTINGS[args.device.type][name], args.device, args.rounds)
         except KeyboardInterrupt:
-            raise SystemExit('\ninterrupted; the same command continues from here') from None
-        except Exception as error:  # such as out of memory, or torch.compile failed: the other settings should run
+            raise SystemExit('\nThe run was interrupted. The same command continues it.') from None
+        except Exception as error:  # for example out of memory; the other settings should run
             failed.append(f'{name}: {type(error).__name__}: {error}')
             continue
         records[name] = record
@@ -221,7 +222,7 @@ def main() -> None:
         write_report(args.results, format_text(records), {'settings': records})
     print(f'\n{format_text(records)}')
     if failed:
-        raise SystemExit('\n'.join(['these settings have failed:', *failed]))
+        raise SystemExit('\n'.join(['These settings have failed:', *failed]))
 
 
 if __name__ == '__main__':

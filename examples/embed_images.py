@@ -1,7 +1,7 @@
 """ Features and predictions of many images, by Ray Data: python examples/embed_images.py --data images --output out ...
 
-The same command continues an earlier run, however that ended: images in complete files of OUTPUT/features are skipped.
-RAY_ADDRESS is the address of the cluster; without it, Ray starts on this machine alone.
+The same command continues an earlier run, also after a failure. Images in complete files of OUTPUT/features are left
+out. RAY_ADDRESS is the address of the cluster. Without it, Ray starts only on this machine.
 """
 import argparse
 import hashlib
@@ -29,9 +29,9 @@ from timm.utils import ParseKwargs, random_seed
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--data', nargs='+', required=True, help='folders of images, at any depth, or .parquet files')
 for name, default, text in [
-        ('output', None, 'a folder that all machines share'), ('model', None, "any of timm's, or hf-hub:OWNER/NAME"),
-        ('checkpoint', '', 'a file of weights'), ('batch-size', 256, 'images that go through a model at once'),
-        ('save-every', 4096, 'least images in a file; after an interruption, images in no file are embedded again'),
+        ('output', None, 'a folder that all machines share'), ('model', None, 'name in timm, or hf-hub:OWNER/NAME'),
+        ('checkpoint', '', 'a file of weights'), ('batch-size', 256, 'number of images in a batch'),
+        ('save-every', 4096, 'least number of images in a file; only images in files are kept after an interruption'),
         ('actors', 0, 'number of models that run; 0 is one per GPU, or one per machine if there is no GPU'),
         ('image-column', 'image', 'column of .parquet files with bytes or {bytes, path}'),
         ('id-column', '', 'column of .parquet files with ids; without it, ids are path and hash of the row')]:
@@ -39,7 +39,7 @@ for name, default, text in [
         f'--{name}', type=str if default is None else type(default), default=default, required=default is None,
         help=text + (f' (default: {default})' if default else ''))
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
-for name, text in [('pretrained', 'weights of the Hub'), ('bfloat16', 'autocast'), ('compile', 'by torch.compile')]:
+for name, text in [('pretrained', 'load weights of the Hub'), ('bfloat16', 'autocast'), ('compile', 'torch.compile')]:
     parser.add_argument(f'--{name}', action='store_true', help=text)
 CAN_CHANGE = {'output', 'batch_size', 'save_every', 'actors', 'compile'}  # when a run is continued
 IDS = pa.large_string()
@@ -64,7 +64,7 @@ def decode(table: pa.Table, transform, column: str, id_columns: list[str], done:
 
 
 class Embed:
-    """A model in an actor. It gets pixels as bytes and normalises them: as floats they would be four times as large."""
+    """A model in an actor. It normalises pixels, which it gets as bytes, because floats are four times as large."""
 
     def __init__(self, model: ray.ObjectRef, config: dict, threads: int, bfloat16: bool, compiled: bool) -> None:
         torch.set_num_threads(threads)
@@ -111,7 +111,7 @@ def find_images(args: argparse.Namespace) -> tuple[pa.ChunkedArray | None, int]:
     folders = all(os.path.isdir(path) for path in args.data)
     for path in args.data:
         if not (folders or path.endswith('.parquet') and os.path.isfile(path)):
-            parser.error(f'--data must be folders, or .parquet files that exist: {path} is not')
+            parser.error(f'--data must be folders, or .parquet files that exist, but {path} is neither')
     if folders:
         found = [find_images_and_targets(os.path.abspath(path))[0] for path in args.data]
         ids = pa.chunked_array([[path for path, _ in each] for each in found], IDS)
@@ -136,7 +136,7 @@ def find_images(args: argparse.Namespace) -> tuple[pa.ChunkedArray | None, int]:
 def require_unique(option: str, ids: pa.ChunkedArray) -> pa.ChunkedArray:
     if ids.null_count or len(pc.unique(ids)) < len(ids):
         twice = next((str(each['values']) for each in pc.value_counts(ids) if each['counts'].as_py() > 1), 'null')
-        parser.error(f'{option} must have each id once, but {twice} is there more often')
+        parser.error(f'{option} must have each id once, but it has {twice} more than once')
     return ids
 
 
@@ -149,7 +149,7 @@ def check_settings(args: argparse.Namespace, more: dict) -> None:
             if settings.get(name) != value:
                 raise SystemExit(f'{file} has {name} = {value}, not {settings.get(name)}. Use another --output.')
     elif args.output.exists() and any(args.output.iterdir()):
-        parser.error(f'--output must be new, empty, or of a run before: {args.output} is not')
+        parser.error(f'--output must be new, empty, or of an earlier run, but {args.output} is not')
     (args.output / 'features').mkdir(parents=True, exist_ok=True)
     file.with_suffix('.part').write_text(json.dumps(settings, indent=2))
     file.with_suffix('.part').rename(file)
@@ -158,9 +158,9 @@ def check_settings(args: argparse.Namespace, more: dict) -> None:
 def plan_actors(actors: int) -> tuple[int, int, dict]:
     """The number of actors, the threads of each, and the resources that each asks Ray for.
 
-    An actor asks for nearly no CPU: if a machine is lost, Ray starts its actors on the others, and if they took the
-    last CPU there, nothing could read, decode or write any more. The number of threads leaves a fifth of the CPUs for
-    that. (If actors asked for no CPU at all, Ray would not spread them.)
+    An actor asks for almost no CPU. If a machine is lost, Ray starts its actors on the others. If they took the last
+    CPU there, no task could read, decode or write. The number of threads leaves a fifth of the CPUs for these tasks.
+    (If actors asked for no CPU at all, Ray would not spread them.)
     """
     gpus = int(ray.cluster_resources().get('GPU', 0))
     cpus = [int(node['Resources'].get('CPU', 0)) for node in ray.nodes() if node['Alive']]
@@ -175,7 +175,7 @@ def plan_actors(actors: int) -> tuple[int, int, dict]:
 def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.ChunkedArray, number: int,
           model: torch.nn.Module, config: dict) -> None:
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-    os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')  # a warning that does not matter here
+    os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')  # no warning that does not matter here
     os.environ.setdefault('RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL', '30')  # seconds
     # idle processes to keep; with one per CPU they end too soon, and each new process needs seconds to import timm
     os.environ.setdefault('RAY_num_workers_soft_limit', str((os.cpu_count() or 1) + 4))
@@ -184,9 +184,9 @@ def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.Chunke
     actors, threads, resources = plan_actors(args.actors)
     blocks, parquet = -(-number // args.batch_size), args.data[0].endswith('.parquet')
     context = ray.data.DataContext.get_current()
-    context.enable_rich_progress_bars, context.use_ray_tqdm = True, False  # other bars are not visible in a terminal
+    context.enable_rich_progress_bars, context.use_ray_tqdm = True, False  # others are not visible in a terminal
     if parquet:
-        context.use_datasource_v2 = False  # its threads sometimes fail at an import
+        context.use_datasource_v2 = False  # its threads sometimes fail during an import
         unnamed = not args.id_column
         columns = [args.image_column, *([args.id_column] if args.id_column else [])]
         images = ray.data.read_parquet(
@@ -197,11 +197,11 @@ def embed(args: argparse.Namespace, ids: pa.ChunkedArray | None, done: pa.Chunke
         files = ids.filter(pc.invert(pc.is_in(ids, value_set=done))).to_pylist()
         images = ray.data.read_binary_files(files, include_paths=True, override_num_blocks=blocks, num_cpus=DISK)
         columns = ['bytes', ['path']]
-    transform = create_transform(**config, use_prefetcher=True)  # gives bytes; the actor converts them to floats
+    transform = create_transform(**config, use_prefetcher=True)  # it gives bytes, and the actor converts them to floats
     images = images.map_batches(
         decode, fn_args=[transform, *columns, ray.put(done), args.output / 'unreadable'], batch_size=args.batch_size,
         batch_format='pyarrow')
-    images = images.repartition(target_num_rows_per_block=args.batch_size)  # so decoding is not a part of the actor
+    images = images.repartition(target_num_rows_per_block=args.batch_size)  # to decode outside the actor
     embedded = images.map_batches(
         Embed, fn_constructor_args=[ray.put(model), config, threads, args.bfloat16, args.compile],
         batch_size=args.batch_size, compute=ray.data.ActorPoolStrategy(size=actors), **resources)
@@ -220,7 +220,7 @@ def main() -> None:
     if not number:
         parser.error(f'--data must have images, but there are none in {" ".join(args.data)}')
     args.data = [os.path.abspath(path) for path in args.data]
-    random_seed(0)  # weights that are not loaded are the same in each run
+    random_seed(0)  # so that weights that are not loaded are the same in each run
     model = timm.create_model(args.model, args.pretrained, checkpoint_path=args.checkpoint, **args.model_kwargs).eval()
     config, weights = resolve_data_config(args.model_kwargs, model=model), hashlib.sha256()
     for weight in model.state_dict().values():
@@ -234,7 +234,7 @@ def main() -> None:
     shutil.rmtree(unreadable, ignore_errors=True)  # unreadable images are tried again
     unreadable.mkdir()
     done = read_done(args.output / 'features')
-    print(f'{number} images, {len(done)} of them done before', flush=True)
+    print(f'{number} images, of which {len(done)} are done', flush=True)
     if len(done) < number:
         embed(args, ids, done, number - len(done), model, config)
         done = read_done(args.output / 'features')

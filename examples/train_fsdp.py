@@ -26,14 +26,14 @@ from tqdm import tqdm
 
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 for name, default, text in [
-        ('data-dir', Path('images'), 'with train/<class>/<image>'), ('output', Path('output'), 'for checkpoints, logs'),
+        ('data-dir', Path('images'), 'has train/<class>/<image>'), ('output', Path('output'), 'checkpoints and logs'),
         ('model', 'evo_deit_small_patch16_224', 'a ViT'), ('batch-size', 256, 'of all processes together'),
-        ('epochs', 300, 'in all'), ('lr', 5e-4, 'learning rate'), ('clip-grad', float('inf'), 'largest norm'),
+        ('epochs', 300, 'number of epochs'), ('lr', 5e-4, 'learning rate'), ('clip-grad', float('inf'), 'largest norm'),
         ('save-every', 1000, 'updates'), ('workers', 4, 'per process'), ('seed', 0, 'random seed')]:
     parser.add_argument(f'--{name}', type=type(default), default=default, help=text)
 for name in ('pretrained', 'bfloat16', 'grad-checkpointing', 'compile'):
     parser.add_argument(f'--{name}', action='store_true')
-for name in ('model', 'transform', 'mixup', 'optimizer', 'scheduler'):  # of timm's functions
+for name in ('model', 'transform', 'mixup', 'optimizer', 'scheduler'):  # arguments of timm's functions
     parser.add_argument(f'--{name}-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
 CAN_CHANGE = {'data_dir', 'output', 'save_every', 'workers', 'grad_checkpointing', 'compile'}  # when it is resumed
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -61,12 +61,12 @@ def save(folder: Path, update: int, settings: dict, model: torch.nn.Module, opti
     """Write a checkpoint, which appears only when it is complete, and delete all but the two newest."""
     state = dict(zip(('model', 'optimizer'), get_state_dict(model, optimizer), strict=True))
     dcp.save(state, checkpoint_id=folder / 'unfinished')
-    dist.barrier()  # all have written
+    dist.barrier()  # all processes have written
     if dist.get_rank() == 0:
         (folder / 'unfinished/settings.json').write_text(json.dumps(settings))
         (folder / 'unfinished').rename(folder / f'{update:08}')
         for old in sorted(folder.glob('[0-9]*'))[:-2]:
-            shutil.rmtree(old)  # an interruption may leave a part of it, but never of the newest
+            shutil.rmtree(old)  # after an interruption, a part of an old one may remain, but the newest is complete
 
 
 def resume(folder: Path, settings: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -92,13 +92,13 @@ def main() -> None:
     if not (args.data_dir / 'train').is_dir():
         parser.error(f'--data-dir must have a folder train, but there is no {args.data_dir / "train"}')
     images = create_dataset('', root=args.data_dir, split='train')
-    if not 1 <= args.batch_size <= len(images) or args.batch_size % (2 * processes):  # mixup mixes two
+    if not 1 <= args.batch_size <= len(images) or args.batch_size % (2 * processes):  # mixup mixes two images
         parser.error(f'--batch-size must be a multiple of {2 * processes}, and at most the {len(images)} images')
     steps, num_classes = len(images) // args.batch_size, len(images.reader.class_to_idx)
     args.output.mkdir(parents=True, exist_ok=True)
     seed_by(args.seed)  # the same weights in all processes
     model = timm.create_model(args.model, args.pretrained, num_classes=num_classes, **args.model_kwargs).train()
-    blocks = getattr(model, 'blocks', None) or parser.error(f'--model must be a ViT: {args.model} has no blocks')
+    blocks = getattr(model, 'blocks', None) or parser.error(f'--model must be a ViT, but {args.model} has no blocks')
     data_config = resolve_data_config(args.model_kwargs, model=model)
     images.transform = create_transform(**data_config | {'is_training': True} | args.transform_kwargs)
     if DEVICE == 'cuda':

@@ -225,10 +225,10 @@ def table(tmp_path) -> Path:
 
 @pytest.mark.parametrize('options, message', [
     (['--batch-size', '0'], '--batch-size must be at least 1, not 0'),
-    (['--data', 'nowhere'], '--data must be folders, or .parquet files that exist: nowhere is not'),
+    (['--data', 'nowhere'], '--data must be folders, or .parquet files that exist, but nowhere is neither'),
     (['--data', 'TABLE', '--image-column', 'pixels'], '--image-column must be one of image, name, label of '),
     (['--data', 'TABLE', '--image-column', 'label'], '--image-column must have bytes or {bytes, path}, but label has'),
-    (['--data', 'TABLE', '--id-column', 'name'], '--id-column must have each id once, but a is there more often'),
+    (['--data', 'TABLE', '--id-column', 'name'], '--id-column must have each id once, but it has a more than once'),
 ])
 def test_a_wrong_argument_is_refused_with_the_reason(call, table, options, message):
     assert message in call(*(option.replace('TABLE', str(table)) for option in options))

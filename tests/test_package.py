@@ -198,7 +198,7 @@ def test_models_of_other_libraries_are_named():
 
 def test_restore_says_where_the_evolved_model_is():
     compiled = torch.compile(timm.create_model('evo_test_vit'))
-    with pytest.raises(TypeError, match='OptimizedModule is not evolved. Its submodule `._orig_mod` is: restore that'):
+    with pytest.raises(TypeError, match='OptimizedModule is not evolved. Its submodule `._orig_mod` is evolved. R'):
         timm_evo.restore(compiled)
     with pytest.raises(TypeError, match='dict is not evolved.'):
         timm_evo.restore({})

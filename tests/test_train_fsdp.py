@@ -183,7 +183,7 @@ def call(images, tmp_path, monkeypatch, capsys):
     (5, [], '--batch-size must be a multiple of 10, and at most the 39 images'),
     (2, ['--batch-size', '40'], '--batch-size must be a multiple of 4, and at most the 39 images'),
     (2, ['--data-dir', 'nowhere'], 'there is no nowhere/train'),
-    (2, ['--model', 'test_resnet', '--model-kwargs'], '--model must be a ViT: test_resnet has no blocks'),
+    (2, ['--model', 'test_resnet', '--model-kwargs'], '--model must be a ViT, but test_resnet has no blocks'),
 ])
 def test_a_wrong_argument_is_refused_with_the_reason(call, processes, options, message):
     assert message in call(processes, *options)

@@ -176,9 +176,9 @@ def test_where_nothing_meets_the_wish_there_are_no_settings(images, tmp_path, no
     file = tmp_path / 'tuned.json'
     tuned = timm_evo.tune(small_vit(), images, speedup=50, save=file)
     assert tuned.settings is None and tuned.config is None and tuned.model_kwargs == ''
-    assert 'Nothing meets 50 x' in tuned.message
+    assert 'No keep ratio meets 50 x' in tuned.message
     assert not file.exists()
-    with pytest.raises(ValueError, match='Nothing meets 50 x'):
+    with pytest.raises(ValueError, match='No keep ratio meets 50 x'):
         tuned.save(file)
 
     monkeypatch.setattr(_Tuning, '_speedups', lambda self, schedules: [0.9] * len(schedules))
@@ -193,7 +193,7 @@ def test_where_nothing_meets_the_wish_there_are_no_settings(images, tmp_path, no
     (dict(speedup=2, agreement=0.9), 'speedup and agreement are not allowed together'),
     (dict(batch_size=0), 'batch_size=0 is not allowed'),
     (dict(save='tuned.txt'), "save='tuned.txt' is not allowed. It must end with .json"),
-    (dict(labels=torch.zeros(3)), r'labels of shape \(3,\) are not allowed for 40 images'),
+    (dict(labels=torch.zeros(3)), r'labels of shape \(3,\) are not allowed. There must be one for each of 40 images'),
 ])
 def test_what_is_not_allowed_is_refused_before_anything_is_measured(arguments, message, images, monkeypatch):
     monkeypatch.setattr(_Tuning, 'meet', None)
@@ -202,9 +202,9 @@ def test_what_is_not_allowed_is_refused_before_anything_is_measured(arguments, m
 
 
 @pytest.mark.parametrize(('spoil', 'message'), [
-    (lambda images: images[:10], '10 different images are too few, it takes at least 32'),
+    (lambda images: images[:10], '10 different images are too few. There must be at least 32'),
     (lambda images: images[:1].expand(40, -1, -1, -1), '1 different images are too few'),
-    (lambda images: torch.ones_like(images) * torch.rand(40, 3, 1, 1), '40 of 40 are of one colour'),
+    (lambda images: torch.ones_like(images) * torch.rand(40, 3, 1, 1), '40 of 40 have only one colour'),
     (lambda images: images.byte(), 'must be .N, C, H, W. in floating point'),
     (lambda images: iter(()), '0 different images are too few'),
 ])
@@ -232,7 +232,7 @@ def test_notes_of_another_kind_are_not_read_and_broken_ones_are_named(tmp_path):
     assert Notes(file, {'images': 'a'}).get('x', lambda: 3) == [1, 2]
     assert Notes(file, {'images': 'b'}).get('x', lambda: 3) == 3
     file.write_text('{"identity"')
-    with pytest.raises(ValueError, match='a.measured.json is no JSON'):
+    with pytest.raises(ValueError, match='a.measured.json is not JSON'):
         Notes(file, {'images': 'a'})
 
 
@@ -302,7 +302,7 @@ def weights(folder):
 
 
 def test_the_command_names_a_folder_without_images(tmp_path):
-    with pytest.raises(SystemExit, match='timm-evo: --images .*nowhere: there is no such folder'):
+    with pytest.raises(SystemExit, match='timm-evo: --images .*nowhere cannot be read: there is no such folder'):
         cli.main(['tune', 'test_vit2', '--images', str(tmp_path / 'nowhere'), '--checkpoint', str(tiny(tmp_path))])
     with pytest.raises(SystemExit, match='timm-evo: --images .*: RuntimeError: Found 0 images'):
         cli.main(['tune', 'test_vit2', '--images', str(tmp_path), '--checkpoint', str(tiny(tmp_path))])

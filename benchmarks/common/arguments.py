@@ -19,7 +19,7 @@ def positive_int(text: str) -> int:
 
 
 def timed_device(text: str) -> torch.device:
-    """A device as an argument of a command; it becomes the current device, whose events `time_step` records."""
+    """A device as an argument of a command. It becomes the current device, whose events `time_step` records."""
     try:
         device = torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:  # AssertionError if torch has no CUDA
@@ -50,18 +50,18 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         '--device',
         type=timed_device,
         default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='cpu or cuda (default: cuda if there is one, else cpu)',
+        help='cpu or cuda (default: cuda if available, otherwise cpu)',
     )
 
 
 def add_models(parser: argparse.ArgumentParser, default: list[str]) -> None:
-    """Which models to run: `--models` and `--model-kwargs`."""
+    """Add the arguments for the models to run: `--models` and `--model-kwargs`."""
     parser.add_argument(
         '--models',
         nargs='+',
         default=default,
         metavar='NAME',
-        help=f'evolved or dense models; the dense twin of each evolved one is added (default: {" ".join(default)})',
+        help=f'evolved or dense models. The dense twin of each evolved one is added (default: {" ".join(default)})',
     )
     parser.add_argument(
         '--model-kwargs',
@@ -75,10 +75,11 @@ def add_models(parser: argparse.ArgumentParser, default: list[str]) -> None:
 
 
 def add_how(parser: argparse.ArgumentParser) -> None:
-    """How to run the models: what `choose_how` reads."""
+    """Add the arguments for how models run, which `choose_how` reads."""
     add_device(parser)
     parser.add_argument(
-        '--dtype', choices=DTYPES, default='float32', help='of weights and inputs, by plain cast (default: float32)')
+        '--dtype', choices=DTYPES, default='float32',
+        help='dtype of weights and inputs, without autocast (default: float32)')
     parser.add_argument(
         '--compile',
         nargs='?',
@@ -87,10 +88,12 @@ def add_how(parser: argparse.ArgumentParser) -> None:
         metavar='MODE',
         help=f'use torch.compile; modes: {", ".join(COMPILE_MODES)}',
     )
-    parser.add_argument('--train', action='store_true', help='training steps instead of inference')
-    parser.add_argument('--channels-last', action='store_true', help='memory format of weights and images')
+    parser.add_argument('--train', action='store_true', help='measure training steps instead of inference')
     parser.add_argument(
-        '--reparam', action='store_true', help='fuse what timm can fuse for inference: the batch norms of LeViT')
+        '--channels-last', action='store_true', help='use the memory format channels_last for weights and images')
+    parser.add_argument(
+        '--reparam', action='store_true',
+        help='fuse the layers that timm can fuse for inference: the batch norms of LeViT')
     parser.add_argument('--threads', type=positive_int, metavar='N', help='CPU threads (default: all)')
 
 
@@ -100,12 +103,12 @@ def parse_and_check(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if 'img_size' in args.model_kwargs:
         parser.error('--model-kwargs are for the evolved models only. Use --img-size or --img-sizes.')
     if args.reparam and args.train:
-        parser.error('--reparam fuses layers for inference, so it cannot be used with --train')
+        parser.error('--reparam fuses layers for inference, so it is not allowed with --train')
     known = timm.list_models()
     for name in args.models:
         if name not in known:
             close = difflib.get_close_matches(name, known)
-            parser.error(f'unknown model {name!r}' + (f', did you mean {" or ".join(close)}?' if close else ''))
+            parser.error(f'timm has no model {name!r}.' + (f' Did you mean {" or ".join(close)}?' if close else ''))
         if dense_twin(name) not in known:
             parser.error(f'{name} has no dense twin in timm. Use another model and another image size.')
     if args.threads is not None:

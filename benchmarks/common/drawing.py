@@ -4,7 +4,7 @@ from matplotlib.ticker import LogLocator
 
 
 def set_log_ticks(axis: Axis) -> None:
-    """Set plain numbers as ticks of a logarithmic axis, enough of them for a range of less than a decade."""
+    """Set plain numbers as ticks of a logarithmic axis, with enough ticks for a range of less than a decade."""
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     axis.set_major_formatter('{x:g}')
     axis.set_minor_formatter('')

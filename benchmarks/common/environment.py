@@ -15,7 +15,7 @@ import timm_evo
 
 
 def describe_environment(device: torch.device | None = None) -> dict:
-    """Machine, versions, date and command line; no host name and no paths.
+    """Machine, versions, date and command line, without host name and paths.
 
     Args:
         device: Device that models ran on, if any.

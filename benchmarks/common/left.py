@@ -1,4 +1,4 @@
-""" What a model that runs the weights of a dense one with fewer tokens keeps of its outputs """
+""" How similar the outputs of a model with fewer tokens are to those of the dense model with the same weights """
 from collections.abc import Callable, Collection, Iterator
 
 import torch
@@ -13,19 +13,19 @@ NUM_NEIGHBOURS = 5
 
 
 class Features:
-    """What is left of the features of photos, and of what a decoder sees in them.
+    """Comparison of the features of photos, and of the maps that a decoder makes from them.
 
-    The class token is that of `model(images)`; patch tokens and maps come from `model.forward_features(images)`, of a
-    model that returns its whole grid. Tokens are compared by their cosine, after the mean of the dense ones was taken
-    off both, maps by their correlation. Neighbours are looked up among the class tokens of the dense model, as in an
-    index that was made with it.
+    The class token is that of `model(images)`. Patch tokens and maps are from `model.forward_features(images)` of a
+    model that returns its whole grid. Tokens are compared by their cosine, after subtraction of the mean of the dense
+    ones. Maps are compared by their correlation. Neighbours are searched among the class tokens of the dense model, as
+    in an index that was made with it.
 
     Args:
         dense: The dense model.
-        decoder: Patch tokens to maps.
+        decoder: Decoder from patch tokens to maps.
         photos: Bytes (N, 3, H, W), on any device.
-        batch_size: Photos at a time.
-        device: Where models run.
+        batch_size: Number of photos in a batch.
+        device: Device on which models run.
     """
     COLUMNS = {
         'class_token': 'class token', 'neighbours': f'{NUM_NEIGHBOURS} neighbours', 'patch_tokens': 'patch tokens',
@@ -63,7 +63,7 @@ class Features:
 
     @torch.inference_mode()
     def measure_dense(self, report: Callable[[], None]) -> dict[str, float]:
-        """Keep what other models are compared with; that of the dense one itself is all left."""
+        """Store the outputs of the dense model, and return its own results, which are all 1."""
         class_tokens, self.patch_tokens, self.maps = [], [], []
         for images in self.batches():
             tokens = self.dense.forward_features(images)
@@ -79,18 +79,18 @@ class Features:
         return dict.fromkeys(self.COLUMNS, 1.)
 
     def _neighbours(self, class_tokens: Tensor) -> Tensor:
-        """Which photos are nearest to each, but for itself (N, NUM_NEIGHBOURS)."""
+        """Indices of the nearest other photos of each photo (N, NUM_NEIGHBOURS)."""
         likeness = normalize(class_tokens, dim=1) @ normalize(self.class_tokens, dim=1).T
         return likeness.fill_diagonal_(-torch.inf).topk(min(NUM_NEIGHBOURS, len(likeness) - 1), dim=1)[1]
 
     @torch.inference_mode()
     def measure(self, model: nn.Module, has_grid: bool, report: Callable[[], None]) -> dict[str, float]:
-        """What is left, by the names in `COLUMNS`, after `measure_dense`.
+        """Similarity to the dense model, by the names in `COLUMNS`. `measure_dense` must be called before.
 
         Args:
-            model: Returns class tokens.
+            model: Model that returns class tokens.
             has_grid: Whether its `forward_features` returns all patch tokens.
-            report: Called after each batch.
+            report: Function that is called after each batch.
         """
         class_tokens, likeness, correlation = [], [], []
         for images, dense_tokens, dense_map in zip(self.batches(), self.patch_tokens, self.maps, strict=True):
@@ -114,14 +114,14 @@ class Features:
 
 
 class Classes:
-    """How many images a classifier gets right, and how near its predictions are to those of the dense model.
+    """Accuracy of a classifier, and comparison of its predictions with those of the dense model.
 
     Shares are in percent, loss and Kullback-Leibler divergence in nats.
 
     Args:
         dense: The dense model.
         batches: Images and labels, in the same order each time.
-        is_unseen: Which images nothing was chosen on (N,); the divergence of these is a column of its own.
+        is_unseen: Which images were not used for any choice (N,). Their divergence has its own column.
     """
     COLUMNS = {
         'top1': 'top-1', 'top5': 'top-5', 'loss': 'loss', 'changed': 'other classes than dense', 'kl': 'KL to dense',
@@ -150,12 +150,12 @@ class Classes:
         return torch.cat(logits).log_softmax(dim=1), torch.cat(labels)
 
     def measure_dense(self, report: Callable[[], None]) -> dict[str, float]:
-        """Keep what the dense model predicts."""
+        """Store the predictions of the dense model, and return its own results."""
         self.log_probs, labels = self._predict(self.dense, report)
         return self._compare(self.log_probs, labels)
 
     def measure(self, model: nn.Module, has_grid: bool, report: Callable[[], None]) -> dict[str, float]:
-        """What is kept, by the names in `COLUMNS`, after `measure_dense`."""
+        """Accuracy and comparison, by the names in `COLUMNS`. `measure_dense` must be called before."""
         return self._compare(*self._predict(model, report))
 
     def _compare(self, log_probs: Tensor, labels: Tensor) -> dict[str, float]:

@@ -1,7 +1,7 @@
-""" Time, memory and arithmetic of models, measured side by side
+""" Time, memory and cost of models, measured together
 
-All models run in one process, one batch each per round, in an order that alternates from round to round, so that other
-load on the machine slows all of them. Ratios are medians of the ratios within each round.
+All models run in one process, one batch each per round. The order alternates from round to round, so that other load on
+the machine slows all of them. Ratios are medians of the ratios in each round.
 """
 import gc
 import os
@@ -24,14 +24,14 @@ from timm_evo import count_gmacs
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 NUM_WARMUP = 3
-LATENCY_ROUNDS = 5  # times as many rounds as for batches, because one image takes little time
+LATENCY_ROUNDS = 5  # factor on the number of rounds for batches of one image, which take little time
 
-if not torch.cuda.is_available():  # torch.profiler would warn of it at each use, in the middle of a progress bar
+if not torch.cuda.is_available():  # otherwise torch.profiler warns at each use, inside a progress bar
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')
 
 
 def dense_twin(name: str) -> str:
-    """The dense model that `name` is compared with; for a dense model, the model itself."""
+    """The dense model that `name` is compared with. For a dense model, this is the model itself."""
     return name.removeprefix('evo_').replace('levit_cls_', 'levit_')
 
 
@@ -40,11 +40,11 @@ class Variant:
     """A model with arguments, one row of the results.
 
     Attributes:
-        label: Its name in the results, which is unique.
+        label: Unique name in the results.
         model: Model name.
         kwargs: Arguments of `timm.create_model`.
         dense: Label of the variant that it is compared with.
-        build: Function that makes the model, if it is not timm's; `model` then is one of timm with the same input.
+        build: Function that makes the model, if it is not timm's. Then `model` is a model of timm with the same input.
     """
     label: str
     model: str
@@ -80,9 +80,9 @@ def with_twins(
 
     Args:
         names: Evolved and dense models.
-        img_size: Image size of all of them; their own if None.
-        evolution_kwargs: Arguments of the evolved ones.
-        each: Each evolved model is run once with each of these further arguments, which are in its label.
+        img_size: Image size of all models; None for their own.
+        evolution_kwargs: Arguments of the evolved models.
+        each: Further arguments. Each evolved model runs once with each of them, and its label has them.
     """
     shared = {} if img_size is None else {'img_size': img_size}
     evolutions = {
@@ -128,8 +128,8 @@ class Step:
         model: Model in evaluation mode, on the device of `batch`.
         batch: Images.
         train: Whether to train with AdamW.
-        compile_mode: One of `COMPILE_MODES`; not compiled if None.
-        autocast: Dtype of mixed precision; no mixed precision if None.
+        compile_mode: One of `COMPILE_MODES`; None to run it uncompiled.
+        autocast: Dtype of mixed precision; None for no mixed precision.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Step:
         self.model = model.train() if train else model
         self.batch = batch
         self.autocast = torch.autocast(batch.device.type, dtype=autocast, enabled=autocast is not None)
-        # with None PyTorch chooses, and it never chooses the fused one
+        # with None, PyTorch never chooses the fused optimizer
         fused = True if batch.device.type == 'cuda' else None
         self.optimizer = torch.optim.AdamW(model.parameters(), fused=fused) if train else None
         self.compile_mode = compile_mode
@@ -203,7 +203,7 @@ def measure_memory(step: Step) -> int:
     counts, on a CPU the running sum of allocations in the profiler. Not counted are other models, memory that an
     allocator keeps without using it, cached biases of LeViT, and memory of libraries (oneDNN, OpenMP, cuBLAS).
 
-    It is the second step, because CUDA graphs are recorded in it; replayed graphs do not use the allocator.
+    The second step is measured, because CUDA graphs are recorded in it. Replayed graphs do not use the allocator.
     """
     if step.batch.device.type == 'cuda':
         torch.cuda.synchronize()
@@ -231,22 +231,22 @@ def prepare(
         channels_last: bool = False,
         reparam: bool = False,
 ) -> tuple[dict[str, Step], dict[str, dict]]:
-    """A step of each variant, and its arithmetic cost, by label. Compiled code of earlier calls is discarded.
+    """A step of each variant and its cost, by label. Compiled code of earlier calls is discarded.
 
     Args:
         variants: Variants to run.
         device: Device to run on.
         dtype: Dtype of weights and images.
-        autocast: Dtype of mixed precision; no mixed precision if None.
-        batch_size: Images per step.
+        autocast: Dtype of mixed precision; None for no mixed precision.
+        batch_size: Number of images in a step.
         train: Whether a step trains.
-        compile_mode: One of `COMPILE_MODES`; not compiled if None.
-        channels_last: Memory format of weights and images.
-        reparam: Whether to fuse layers that timm can fuse for inference, such as the batch norms of LeViT.
+        compile_mode: One of `COMPILE_MODES`; None to run it uncompiled.
+        channels_last: Whether weights and images have the memory format channels_last.
+        reparam: Whether layers that timm can fuse for inference are fused, such as the batch norms of LeViT.
     """
     if compile_mode is not None:
         torch.compiler.reset()
-        # all models of a class share the compilations of its `forward`; 8 is the default for one
+        # all models of a class share the compilations of its `forward`; the default is 8
         torch._dynamo.config.cache_size_limit = 8 * len(variants)
     gc.collect()
     if device.type == 'cuda':
@@ -271,7 +271,7 @@ def measure(variants: list[Variant], *, rounds: int, **how) -> dict[str, dict]:
 
     Args:
         variants: Variants to run.
-        rounds: Timed batches of each.
+        rounds: Number of timed batches of each.
         **how: Arguments of `prepare`.
     """
     steps, results = prepare(variants, **how)
@@ -295,7 +295,7 @@ def measure(variants: list[Variant], *, rounds: int, **how) -> dict[str, dict]:
 
 
 def summarise(variants: list[Variant], results: dict[str, dict], batch_size: int) -> dict[str, dict]:
-    """Medians, quartiles and ratios to the dense twin; larger ratios are faster, cheaper and smaller.
+    """Medians, quartiles and ratios to the dense twin. A larger ratio means faster, cheaper or smaller.
 
     `flop_limit_share` is the ratio of throughputs divided by the ratio of multiply-accumulates.
     """

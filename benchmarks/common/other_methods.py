@@ -1,4 +1,4 @@
-""" Token reduction in its authors' own code, from clones of their repositories """
+""" Other methods of token reduction, in their authors' code from clones of their repositories """
 import argparse
 import importlib
 import sys
@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
 from torch import nn
 
-# What the modules import, but do not need for their models, or what does not exist any more.
+# modules that the clones import, but do not need for their models, or that no longer exist
 NOT_NEEDED = ('torchprofile', 'tensorboardX', 'torch._six')
 
 WithTome = Callable[[VisionTransformer, int], nn.Module]
@@ -30,7 +30,7 @@ def clone(text: str) -> Path:
 
 @contextmanager
 def isolated_import(folder: Path) -> Iterator[None]:
-    """Import from a folder for a while; afterwards its modules are not in `sys.modules`, nor its models in timm."""
+    """A context for imports from a folder. Its modules do not stay in `sys.modules`, and its models are not in timm."""
     before = set(sys.modules)
     absent = {name: MagicMock() for name in NOT_NEEDED}
     sys.path.insert(0, str(folder))
@@ -55,7 +55,7 @@ def import_from(folder: Path, name: str) -> ModuleType:
 
 
 def _check_blocks(model: VisionTransformer) -> None:
-    """Check that a model is one that ToMe and EViT compute correctly; both copy attention and blocks of an old timm."""
+    """Check that ToMe and EViT compute a model correctly. Both have copies of attention and blocks of an old timm."""
     if type(model) is not VisionTransformer:
         raise ValueError(f'it is a {type(model).__name__}')
     for block in model.blocks:
@@ -129,7 +129,7 @@ def load_evit(folder: Path) -> WithEvit:
 
 @torch.no_grad()
 def fold_layer_scale(model: VisionTransformer) -> VisionTransformer:
-    """Merge LayerScale into the linear layers before it, in place; the model computes the same."""
+    """Merge LayerScale into the linear layers before it, in place. The model computes the same."""
     for block in model.blocks:
         if type(block) is not Block or not hasattr(block.mlp, 'fc2'):
             continue

@@ -1,10 +1,10 @@
 """ Recipes of `accuracy.py`: YAML files with the models to train and the options
 
     train:     options of timm's train.py, as in the YAML file of its --config
-    seeds:     seeds of every variant that has none of its own
+    seeds:     seeds of each variant without its own seeds
     variants:  label: {model: ..., model_kwargs: {...}, seeds: [...], and other options of train.py}
 
-`layerwise_share` of a variant is the share of its updates with layer-wise selection; it becomes the model's argument
+`layerwise_share` of a variant is the share of its updates with layer-wise selection. It sets the model's argument
 `layerwise_updates`.
 """
 import argparse
@@ -65,11 +65,11 @@ class Entry:
 
 
 def parse_options(script: Path, options: dict) -> argparse.Namespace:
-    """The arguments that the parser of train.py makes of `options`; unknown names are an error only here."""
+    """The arguments that the parser of train.py makes from `options`. train.py would ignore unknown names."""
     parser = runpy.run_path(str(script))['parser']
     unknown = sorted(set(options) - set(vars(parser.parse_args([]))))
     if unknown:
-        raise SystemExit(f'the recipe has options that train.py does not know: {", ".join(unknown)}')
+        raise SystemExit(f'The recipe has options that train.py does not know: {", ".join(unknown)}')
     parser.set_defaults(**options)
     return parser.parse_args([])
 

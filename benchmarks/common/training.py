@@ -1,4 +1,4 @@
-""" One training with timm's train.py, in its own process, which can be interrupted and resumed """
+""" A training with timm's train.py in its own process, which can be interrupted and resumed """
 import io
 import subprocess
 import sys
@@ -70,14 +70,14 @@ class Training:
             script: train.py.
             places: Options of train.py that are not in the recipe.
             lock: An open file that train.py keeps open, too.
-            report: Called every second.
+            report: Function that is called every second.
         """
         options = {
             **self.recipe['options'], **places, 'output': str(self.folder.parent), 'experiment': self.folder.name}
         checkpoint = self.folder / 'last.pth.tar'
         if checkpoint.exists():
             options['resume'] = str(checkpoint)
-        else:  # from a run that was interrupted in its first epoch, for example: train.py would append to it
+        else:  # train.py would append to the file of a run that was interrupted in its first epoch
             (self.folder / 'summary.csv').unlink(missing_ok=True)
         config = self.folder / 'config.yaml'
         config.write_text(yaml.safe_dump(options))

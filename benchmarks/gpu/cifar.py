@@ -1,6 +1,6 @@
-""" Step 'cifar': CIFAR-10 from scratch with images that stay on the GPU, dense and evolved, several seeds
+""" Step 'cifar': training on CIFAR-10 from scratch, dense and evolved, with several seeds and all images on the GPU
 
-Models have DeiT-T's width and depth, 32 pixels and patches of 4 pixels, so 64 patches. They are trained with mixed
+Models have DeiT-T's width and depth, images of 32 pixels, and 64 patches of 4 pixels. They are trained with mixed
 precision in bfloat16, AdamW, one cycle of the learning rate, flips, shifts and label smoothing. The result is top-1 on
 all test images. Several trainings share the GPU, so their seconds do not measure speed.
 """
@@ -28,7 +28,7 @@ from .settings import DENSE
 STEP = 'cifar'
 LAYER_TO_STAGE, SIMILARITY = 'layer-to-stage', 'similarity'
 VARIANTS = (DENSE, LAYER_TO_STAGE, SIMILARITY)
-LAYERWISE_SHARE = 2 / 3  # of the updates, as in the authors' training
+LAYERWISE_SHARE = 2 / 3  # share of the updates, as in the authors' training
 SEEDS = (0, 1, 2)
 EPOCHS, BATCH, LEARNING_RATE = 30, 512, 1.5e-3
 QUICK_EPOCHS, QUICK_BATCH = 1, 8
@@ -80,7 +80,7 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, normalise: Callable[[
 
 
 def train(variant: str, seed: int, data: dict[str, tuple[Tensor, Tensor]], quick: bool) -> dict:
-    """One training; its top-1, also that of the same weights after `restore`."""
+    """Run a training, and return top-1 of the model and of the same weights after `restore`."""
     images, labels = data['train']
     device = images.device
     epochs, batch = (QUICK_EPOCHS, QUICK_BATCH) if quick else (EPOCHS, BATCH)
@@ -124,7 +124,7 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def find_runs(known: list[dict], quick: bool) -> Iterator[tuple[str, int]]:
-    """Trainings that are missing; all variants of a seed come before the next seed."""
+    """Trainings that are missing. All variants of a seed come before the next seed."""
     done = {(record['variant'], record['seed']) for record in known if record['kind'] == 'trained'}
     for seed in SEEDS[:1] if quick else SEEDS:
         for variant in VARIANTS:
@@ -140,7 +140,7 @@ def measure(job: Job, known: list[dict], images: Path, seconds: float, report: C
         known: Records that are comparable with this run.
         images: Folder with train/ and test/.
         seconds: Time limit.
-        report: Called repeatedly.
+        report: Function that is called repeatedly.
     """
     end = time.monotonic() + seconds
     waiting, running = list(find_runs(known, job.quick)), []

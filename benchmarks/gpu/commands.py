@@ -12,7 +12,7 @@ from .jobs import POLL, ROOT, Job, Process
 MODEL = ['--model', 'evo_deit_tiny_patch16_224']
 SMALL_IMAGES = ['--amp', '--amp-dtype', 'bfloat16', '--img-size', 32, '--model-kwargs', 'img_size=32', 'patch_size=4']
 CUT = ['depth=3', 'embed_dim=48', 'num_heads=3']
-# Tests of what computes on a device. The others take too long, or do not depend on the device.
+# Tests of computations on the device. The others take too long, or do not depend on the device.
 TESTS = ('kernel', 'cuda', 'similarity', 'method', 'faithful', 'short_block')
 FEW_TESTS = ('config',)
 SAID = 300  # last characters of a command's output
@@ -92,7 +92,7 @@ def run(
         commands: Commands by name. All of them run again if one is missing.
         known: Records that are comparable with this run.
         seconds: Time limit for all of them.
-        report: Called repeatedly.
+        report: Function that is called repeatedly.
     """
     end = time.monotonic() + seconds
     done = {

@@ -26,7 +26,7 @@ def find_jobs(job: Job, settings: list[Setting], known: list[dict]) -> list[list
 
 
 def in_waves(groups: list[list[Job]], size: int) -> Iterator[list[Job]]:
-    """Groups of jobs that run in parallel; those of one model are in one group if they fit."""
+    """Groups of jobs that run in parallel. The jobs of one model are in one group if they fit."""
     wave: list[Job] = []
     for group in groups:
         if wave and len(wave) + len(group) > size:
@@ -49,13 +49,13 @@ def environment_of(job: Job) -> dict[str, str | None]:
 
 
 def run_wave(jobs: list[Job], folder: Path, end: float, report: Callable[[], None]) -> None:
-    """Compile all, then time all.
+    """Compile all jobs, then time all jobs.
 
     Args:
         jobs: Jobs that run in parallel.
         folder: An empty folder.
         end: Time at which all must have ended. Jobs that have not compiled early enough are stopped.
-        report: Called repeatedly.
+        report: Function that is called repeatedly.
     """
     num_settings = sum(len(job.settings) for job in jobs)
     last_to_compile = max(end - SECONDS_TO_TIME * num_settings, time.monotonic() + LEAST_SECONDS)
@@ -89,7 +89,7 @@ def run_wave(jobs: list[Job], folder: Path, end: float, report: Callable[[], Non
 
 
 def measure(job: Job, settings: list[Setting], known: list[dict], size: int, seconds: float, report) -> None:
-    """Measure what is missing in the settings, until the time is over.
+    """Measure the missing variants of the settings, until the time is over.
 
     Args:
         job: Job of this run.
@@ -97,7 +97,7 @@ def measure(job: Job, settings: list[Setting], known: list[dict], size: int, sec
         known: Records that are comparable with this run.
         size: Number of processes that run in parallel.
         seconds: Time limit.
-        report: Called repeatedly.
+        report: Function that is called repeatedly.
     """
     end = time.monotonic() + seconds
     for i, wave in enumerate(in_waves(find_jobs(job, settings, known), size)):

@@ -1,4 +1,4 @@
-""" Step 'equal': whether the kernels compute the same on this device as the library without them """
+""" Step 'equal': comparison of the results with and without kernels on this device """
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from . import records
 from .jobs import Job
 from .models import kernels
 
-WITHOUT, WITH = '0', '1'  # of TIMM_EVO_KERNELS
+WITHOUT, WITH = '0', '1'  # values of TIMM_EVO_KERNELS
 MODELS = {  # image sizes; one of each has an odd number of columns, for which the checkerboard differs
     'deit_tiny_patch16_224': (224, 112),
     'vit_small_patch14_reg4_dinov2': (154, (126, 168)),
@@ -25,12 +25,12 @@ SELECTIONS = ('similarity', 'stage')
 BATCH_SIZES = (1, 5)
 CUT = dict(embed_dim=48, num_heads=3, depth=4)
 CUT_SIZES = (32, (24, 40))  # of patches of 8 pixels
-TOLERANCE = {'float32': 1e-4, 'bfloat16': 0.1}  # of the largest logit
+TOLERANCE = {'float32': 1e-4, 'bfloat16': 0.1}  # shares of the largest logit
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared."""
+    """A model and an input for a comparison."""
     model: str
     img_size: tuple[int, int]
     selection: str
@@ -64,8 +64,8 @@ def build(case: Case, device: torch.device, quick: bool) -> nn.Module:
 
 
 @torch.inference_mode()
-def look(model: nn.Module, images: Tensor, value: str) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and whom each patch follows after each selection."""
+def run(model: nn.Module, images: Tensor, value: str) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and the patch that each patch follows after each selection."""
     with kernels(value):
         return model(images).float(), [selection.follows for selection in timm_evo.trace(model, images)]
 
@@ -82,14 +82,14 @@ def compare(case: Case, device: torch.device, quick: bool) -> dict:
     model = build(case, device, quick)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(case.batch, 3, *case.img_size, generator=generator).to(device, DTYPES[case.dtype])
-    expected, expected_follows = look(model, images, WITHOUT)
-    logits, follows = look(model, images, WITH)
-    again, _ = look(model, images, WITH)
+    expected, expected_follows = run(model, images, WITHOUT)
+    logits, follows = run(model, images, WITH)
+    again, _ = run(model, images, WITH)
     with kernels(WITH):
         alone = torch.cat([model(image.unsqueeze(0)).float() for image in images])
     scale = expected.abs().max().item()
     if not logits.isfinite().all() or len(follows) != len(expected_follows):
-        raise ValueError('its logits are not finite, or its numbers of selections differ')
+        raise ValueError('The logits are not finite, or the numbers of selections differ.')
     same = torch.cat([(a == b).float().flatten() for a, b in zip(follows, expected_follows, strict=True)])
     return {
         'difference': (logits - expected).abs().max().item() / scale,
@@ -114,7 +114,7 @@ def main() -> None:
         except Exception as error:
             job.failed('equal', name, error)
             if job.device == 'cuda' and 'CUDA error' in str(error):
-                raise  # CUDA does not work any more after that
+                raise  # after this error, CUDA no longer works
 
 
 if __name__ == '__main__':

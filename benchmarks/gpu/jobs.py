@@ -28,7 +28,7 @@ class Job:
         profiles: File of profiles.
         folder: Folder for temporary files.
         device: Name of the device.
-        quick: Whether to try it at tiny sizes.
+        quick: Whether it is only tried at tiny sizes.
         settings: Settings to time.
         variant: Variant to compile.
         clones: The authors' code of other methods, by variant.
@@ -82,7 +82,7 @@ class Process:
                 env={key: value for key, value in changed.items() if value is not None})
 
     def status(self) -> int | None:
-        """Exit status, None while it runs."""
+        """Exit status; None while the process runs."""
         return self.process.poll()
 
     def said(self) -> str:
@@ -116,7 +116,7 @@ def run_job(
         report: Callable[[], None],
         env: dict[str, str | None] | None = None,
 ) -> None:
-    """Run a module of this folder in its own process; record whether it fails or its time runs out."""
+    """Run a module of this folder in its own process. Record a failure, and also if the time is over."""
     process = Process(['-m', f'gpu.{module}', job.to_text()], Path(job.folder) / f'{module}.log', env)
     end = time.monotonic() + seconds
     try:

@@ -1,4 +1,4 @@
-""" Runs a script of timm with the evolved models registered, also if this package is not installed
+""" Run a script of timm with the evolved models registered, also if this package is not installed
 
     python -m gpu.launch train.py --model evo_deit_tiny_patch16_224 ...
 """

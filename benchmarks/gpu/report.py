@@ -94,7 +94,7 @@ def commands_table(found: list[dict]) -> str:
     for record in found:
         said = ' '.join(record['said'].replace('|', ' ').replace('`', ' ').split())
         lines.append([record['name'], str(record['status']), f'{record["seconds"]:.0f}', f'`{said[-SAID:]}`'])
-    return markdown_table(['command', 'exit status', 'seconds', 'its last words'], lines)
+    return markdown_table(['command', 'exit status', 'seconds', 'end of its output'], lines)
 
 
 def failures(known: list[dict]) -> str:

@@ -18,11 +18,11 @@ class Setting:
     Attributes:
         step: Step of `on_gpu.py` that measures it.
         model: timm's dense model.
-        batch: Images.
-        img_size: Image size; the model's own if None.
-        mode: Mode of torch.compile; eager if None.
-        train: Training with mixed precision, instead of inference in bfloat16.
-        variants: Names of the variants; the dense model is the first.
+        batch: Number of images in a batch.
+        img_size: Image size; None for the model's own.
+        mode: Mode of torch.compile; None for eager.
+        train: Whether it is training with mixed precision, instead of inference in bfloat16.
+        variants: Names of the variants. The dense model is the first.
         small: Whether the model is made smaller, to try a step on a CPU.
         profiled: Whether to write the kernels that take the most time.
     """
@@ -60,7 +60,7 @@ DINOV2_S, DINOV2_B = (f'vit_{size}_patch14_dinov2' for size in ('small', 'base')
 DINOV3_B, VIT_L = 'vit_base_patch16_dinov3', 'vit_large_patch16_384'
 GRAPHS = 'reduce-overhead'
 
-# The most important ones come first, and models with similar times of compilation are neighbours.
+# The most important settings come first. Models with similar compilation times are next to each other.
 SETTINGS = [
     Setting('compiled', DEIT_S, 256, mode='default', profiled=True),
     Setting('compiled', DEIT_S, 64, 384, mode='default'),
@@ -84,7 +84,7 @@ SETTINGS = [
     Setting('training', DEIT_S, 256, train=True, variants=TRAINED),
 ]
 
-# The same on a CPU within minutes. Its times mean nothing: it shows that the steps run.
+# The same steps on a CPU within minutes. The times have no meaning; the run shows that the steps work.
 QUICK = [
     Setting('compiled', DEIT_T, 2, mode='default', variants=(DENSE, 'similarity'), small=True, profiled=True),
     Setting('graphs', DEIT_T, 1, mode=GRAPHS, variants=(DENSE,), small=True),

@@ -1,4 +1,4 @@
-""" How a step is timed: alone on the GPU, by its own clock """
+""" Timing of a step, alone on the GPU and by the clock of the GPU """
 import fcntl
 import statistics
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ ROUNDS, ROUNDS_OF_ONE, QUICK_ROUNDS = 30, 150, 3
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process of these measurements uses the GPU for its figures."""
+    """A context that waits until no other process of these measurements is timing on the GPU."""
     with (folder / 'lock').open('w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -46,7 +46,7 @@ def time_alone(step: Step, quick: bool) -> dict[str, float]:
 
 
 def time_in_turn(steps: dict[str, Step], dense: str, quick: bool) -> dict[str, dict[str, float]]:
-    """The same for several steps, one of each in a round, so that other load on the machine slows all of them.
+    """Times and memory of several steps, one of each in a round, so that other load on the machine slows all.
 
     Args:
         steps: Steps by variant.

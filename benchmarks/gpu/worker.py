@@ -22,7 +22,7 @@ def is_ready(folder: Path) -> Path:
 
 
 def compile_step(setting: Setting, job: Job) -> Step:
-    """A compiled step, whose results are finite."""
+    """A compiled step with finite results."""
     step = step_maker(setting, torch.device(job.device), {})(job.variant)
     for _ in range(NUM_WARMUP):
         step()
@@ -44,12 +44,12 @@ def write_profile(step: Step, setting: Setting, job: Job) -> None:
 
 
 def wait_for_the_others(folder: Path) -> None:
-    """Wait until `compiled.py` tells that all have compiled; exit if it has ended."""
+    """Wait until `compiled.py` signals that all have compiled. Exit if it has ended."""
     is_ready(folder).touch()
     parent = os.getppid()
     while not (folder / 'go').exists():
         if os.getppid() != parent:
-            raise SystemExit('compiled.py has ended')
+            raise SystemExit('compiled.py has ended.')
         time.sleep(0.1)
 
 
@@ -64,7 +64,7 @@ def main() -> None:
         begin = time.monotonic()
         try:
             steps.append((setting, compile_step(setting, job), time.monotonic() - begin))
-        except Exception as error:  # such as out of memory, or not compilable: the others should run
+        except Exception as error:  # for example out of memory or a failed compilation; the others should run
             job.failed(setting.step, f'{setting.label()}, {job.variant}', error)
     wait_for_the_others(folder)
     for setting, step, seconds in steps:
@@ -78,7 +78,7 @@ def main() -> None:
             except (Exception, SystemExit) as error:  # SystemExit if the profiler records nothing
                 job.failed(setting.step, f'{setting.label()}, {job.variant}', error)
                 if job.device == 'cuda' and not isinstance(error, torch.OutOfMemoryError):
-                    raise  # after some errors, CUDA does not work any more
+                    raise  # after some errors, CUDA no longer works
 
 
 if __name__ == '__main__':

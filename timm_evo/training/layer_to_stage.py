@@ -1,11 +1,11 @@
 """ Layer-to-stage training
 
 `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390, section
-"Training strategies": one selection per block at first, one per stage for the rest of the training and for inference.
+"Training strategies": one selection per block at first, and one per stage in the rest of the training and at inference.
 
-Training scripts need no changes: a model counts the updates of its weights itself, by a hook that PyTorch calls after
-each step of any optimizer. So gradient accumulation, and steps that a gradient scaler skips, are not counted. Compiled
-graphs have no counter: for them the schedule changes once.
+Training scripts need no changes. A model counts the updates of its weights itself, by a hook that PyTorch calls after
+each step of any optimizer. So gradient accumulation is not counted, and neither are steps that a gradient scaler skips.
+Compiled graphs have no counter. For them, the schedule changes once.
 """
 import functools
 import itertools
@@ -89,7 +89,7 @@ def _counting_models() -> list[tuple['LayerToStage', _Count]]:
 
 @functools.cache
 def _watch_optimizers() -> None:
-    """Register hooks on all optimizers, once, when the first model counts."""
+    """Register hooks on all optimizers, once, when the first model starts to count."""
     # the annotations of `torch.compiler.disable` do not keep the signature
     register_optimizer_step_pre_hook(_begin_step)  # pyright: ignore[reportArgumentType]
     register_optimizer_step_post_hook(_end_step)  # pyright: ignore[reportArgumentType]
@@ -106,7 +106,7 @@ def _end_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     stepped = {id(weight) for group in optimizer.param_groups for weight in group['params']}
     for count, model in {count: model for model, count in _counting_models()}.items():  # one model for each count
         own = stepped & _weights(model)
-        # an optimizer may wrap others: a step that was counted within this one is the same update
+        # an optimizer may wrap others: a step that was counted inside this one is the same update
         is_counted = _times.counted.get(count, 0) > began
         if own and not is_counted and not _is_skipped(optimizer):
             _times.counted[count] = next(_times.clock)
@@ -114,7 +114,7 @@ def _end_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 
 def _weights(module: nn.Module) -> set[int]:
-    """`id` of each parameter. Unlike `module.parameters()` it works while another thread adds to the module."""
+    """`id` of each parameter. Unlike `module.parameters()`, it works while another thread adds parameters."""
     return set(map(id, own_parameters(module))).union(*map(_weights, children(module)))
 
 
@@ -140,7 +140,7 @@ def _count_tensor(value: int, device: torch.device | None = None) -> Tensor:
 
 
 class LayerToStage(_Module):
-    """Layer-wise selection until a number of optimizer updates have been made, stage-wise from then on.
+    """Layer-wise selection in the first optimizer updates, and stage-wise selection after these.
 
     `layerwise_class` puts it before an evolved class in the bases. The count is a buffer, `num_updates`, so that
     checkpoints, averaged copies and all ranks have it. Models without layer-wise updates do not have the buffer. State
@@ -174,7 +174,7 @@ class LayerToStage(_Module):
         self._count = _counts[self] = next(shared, self._count)
 
     def _stop_counting(self) -> None:
-        """Stop counting, also in shallow copies, because they lose the buffer, too."""
+        """Stop counting, also in shallow copies, because they share the buffers."""
         for model in self._sharing_models():
             _counts.pop(model, None)
 
@@ -223,19 +223,19 @@ class LayerToStage(_Module):
         """
         if self.num_updates is None or torch.compiler.is_dynamo_compiling() or _is_exporting():
             return
-        if self.training:  # in training only broadcasts between ranks write to it, and the value is the same
+        if self.training:  # in training, only broadcasts between ranks write to the buffer, with the same value
             return
         if self._count.buffer_state is None or self._count.buffer_state != _state_of(self.num_updates):
             self._read_count()
 
     def train(self, mode: bool = True) -> 'Self':
-        """Set training or evaluation mode, as `nn.Module.train`; a compiled model reads a changed count here."""
+        """Set training or evaluation mode, as `nn.Module.train`. A compiled model reads a changed count here."""
         super().train(mode)
         self._read_count()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
-        if self.num_updates is not None:  # not from the buffer, which may have no value yet
+        if self.num_updates is not None:  # the value is not read from the buffer, which may have none yet
             state_dict.setdefault(f'{prefix}num_updates', _count_tensor(self._count.value))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._read_count()
@@ -252,7 +252,7 @@ class LayerToStage(_Module):
 
 @functools.cache
 def layerwise_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class with layer-to-stage training for an evolved class, under the same name."""
+    """A class of the same name that adds layer-to-stage training to an evolved class."""
     def reduce(self, protocol):  # copying and pickling cannot find the class by its name
         function, args, *rest = cls.__reduce_ex__(self, protocol)
         return (_new, (function, tuple(cls if arg is type(self) else arg for arg in args)), *rest)

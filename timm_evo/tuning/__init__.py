@@ -1,1 +1,1 @@
-""" Settings of similarity that are fitted to a model, to images and to a machine """
+""" Search for the settings of selection by similarity that keep most of a model """

@@ -15,23 +15,23 @@ __all__ = ['load_images']
 
 
 def load_images(folder: Path, model: nn.Module, num_images: int) -> tuple[Tensor, Tensor | None]:
-    """Images (N, C, H, W) of a folder and its subfolders, evenly spread over them in the order of their names.
+    """Load images of a folder and its subfolders, evenly spread over the files in the order of their names.
 
     Args:
-        folder: Where they are.
-        model: What they are prepared for.
-        num_images: How many at most.
+        folder: Folder of the images.
+        model: Model for which the images are prepared.
+        num_images: Largest number of images.
 
     Returns:
-        Images.
+        Images (N, C, H, W).
         Their classes (N,), if there is a folder for each class of the model.
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: There are no images in it, or one cannot be read.
+        ValueError: The folder has no images, or an image cannot be read.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f'--images {folder}: there is no such folder.')
+        raise FileNotFoundError(f'--images {folder} cannot be read: there is no such folder.')
     if num_images < 1:
         raise ValueError(f'--num-images {num_images} is not allowed. It must be at least 1.')
     config = resolve_data_config({}, model=model)
@@ -42,7 +42,7 @@ def load_images(folder: Path, model: nn.Module, num_images: int) -> tuple[Tensor
     try:
         dataset = ImageDataset(str(folder), transform=create_transform(**{key: config[key] for key in keys}))
     except RuntimeError as error:
-        raise ValueError(f'--images {folder}: {reason(error)}') from error
+        raise ValueError(f'--images {folder} cannot be read: {reason(error)}') from error
     number = min(num_images, len(dataset))
     chosen = [i * len(dataset) // number for i in range(number)]
     images, labels = [], []
@@ -50,7 +50,8 @@ def load_images(folder: Path, model: nn.Module, num_images: int) -> tuple[Tensor
         try:
             image, label = dataset[i]
         except OSError as error:
-            raise ValueError(f'{dataset.filename(i, absolute=True)} is no image. {reason(error)}') from error
+            file = dataset.filename(i, absolute=True)
+            raise ValueError(f'{file} cannot be read as an image. {reason(error)}') from error
         images.append(image)
         labels.append(label)
     reader: Any = dataset.reader

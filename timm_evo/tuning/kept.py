@@ -1,4 +1,4 @@
-""" How much of what a dense model returns a faster one keeps """
+""" Comparison of the outputs of a faster model with those of the dense model """
 import math
 from typing import NamedTuple
 
@@ -10,16 +10,16 @@ __all__ = ['Kept', 'Reference']
 
 
 class Kept(NamedTuple):
-    """How near the outputs of a model are to those of the dense one.
+    """Similarity of the outputs of a model to those of the dense model.
 
     Attributes:
-        loss: Mean Kullback-Leibler divergence of the predicted classes from the dense ones, in nats; for a backbone one
-            minus `agreement`.
-        log_loss: Mean logarithm of the divergence of each image. A search makes this small: the mean of the divergences
-            depends on a few images, so it says less about other images.
-        agreement: Share of the images that get the same class; for a backbone the mean cosine of its features, after
-            the mean of the dense features was subtracted.
-        error: Standard error of `agreement`, as it would be for other images of the same kind.
+        loss: Mean Kullback-Leibler divergence of the predicted classes from the dense ones, in nats. For a backbone,
+            one minus `agreement`.
+        log_loss: Mean logarithm of the divergence of each image. The search minimises this, because the mean of the
+            divergences depends on a few images, and says less about other images.
+        agreement: Share of the images that get the same class. For a backbone, the mean cosine of its features, after
+            subtraction of the mean of the dense features.
+        error: Standard error of `agreement` for other images of the same kind.
         top1: Share of the images that get their label, if there are labels.
     """
     loss: float
@@ -30,11 +30,11 @@ class Kept(NamedTuple):
 
 
 class Reference:
-    """What the dense model returns, to compare outputs of other models with.
+    """Outputs of the dense model, with which outputs of other models are compared.
 
     Args:
         outputs: Logits (N, num_classes), or features (N, ..., C) of a backbone.
-        is_classifier: Whether they are logits.
+        is_classifier: Whether the outputs are logits.
         labels: Classes (N,), if they are known.
     """
 
@@ -49,7 +49,7 @@ class Reference:
         self._labels = labels
 
     def compare(self, outputs: Tensor, first: int, step: int) -> Kept:
-        """Compare outputs for every `step`-th image from `first` on, in the form of those of the dense model."""
+        """Compare the outputs for every `step`-th image from `first` on with those of the dense model."""
         outputs = outputs.double()
         if not self.is_classifier:
             cosines = F.cosine_similarity(outputs - self._mean, self._features[first::step], dim=-1)
@@ -61,7 +61,7 @@ class Reference:
         losses = F.kl_div(outputs.log_softmax(dim=1), dense, log_target=True, reduction='none').sum(dim=1)
         classes = outputs.argmax(dim=1)
         num_same, num = int((classes == dense.argmax(dim=1)).sum()), len(classes)
-        # Agresti and Coull's share, because that of all images has an error, too
+        # the share of Agresti and Coull, by which the error is not zero even if all images agree
         share = (num_same + 2) / (num + 4)
         error = math.sqrt(share * (1 - share) / (num + 4))
         top1 = None if self._labels is None else _share(classes == self._labels[first::step])
@@ -69,7 +69,7 @@ class Reference:
 
 
 def _mean_log(losses: Tensor) -> float:
-    return losses.clamp(min=1e-5).log().mean().item()  # a smaller one is as good as none
+    return losses.clamp(min=1e-5).log().mean().item()  # smaller losses make no difference
 
 
 def _share(is_right: Tensor) -> float:

@@ -1,4 +1,4 @@
-""" What was measured, kept in a file as it comes, so that tuning goes on where it was interrupted """
+""" A file of measurements, with which tuning continues after an interruption """
 import hashlib
 import json
 import os
@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import reason
+
 __all__ = ['Notes', 'fingerprint']
 
 
 class Notes:
-    """Results by name, of one kind of measurement.
+    """Measurements by name.
 
     Args:
-        file: Where they are kept; None for memory alone.
-        identity: All that they depend on. Notes in the file that depend on anything else are not read.
+        file: File of the measurements; None to keep them only in memory.
+        identity: Everything that the measurements depend on. A file with another identity is not read.
     """
 
     def __init__(self, file: Path | None, identity: dict[str, Any]) -> None:
@@ -27,12 +29,13 @@ class Notes:
             try:
                 content = json.loads(file.read_text(encoding='utf-8'))
             except ValueError as error:
-                raise ValueError(f'{file} is no JSON, delete it or save under another name: {error}') from error
+                raise ValueError(
+                    f'{file} is not JSON. Delete it, or save under another name. {reason(error)}') from error
             if isinstance(content, dict) and content.get('identity') == json.loads(json.dumps(identity)):
                 self._content = content
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The result of that name, measured if it is not known yet; as it comes out of JSON, each time."""
+        """The result of this name, which is measured if it is not known. It is always as JSON returns it."""
         results = self._content['results']
         if name not in results:
             results[name] = json.loads(json.dumps(measure()))
@@ -48,7 +51,7 @@ class Notes:
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """A text that differs where tensors differ."""
+    """A text that is different for different tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().flatten()

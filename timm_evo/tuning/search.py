@@ -1,8 +1,8 @@
-""" Which schedule of the same cost keeps most
+""" Search for the schedule of a given cost that keeps most of a model
 
-A schedule of similarity is written as weights here: before each block a whole number of parts goes, and a part is the
-same share of the tokens that are left. So the rule is a schedule of equal weights. How large a part is follows from
-what the schedule may cost.
+Here, a schedule of selection by similarity is a list of weights. The weight of a block is the number of parts of the
+tokens that are averaged into others before it. Each part is the same share of the tokens that remain. So the rule is a
+schedule of equal weights. The cost of the schedule determines the size of a part.
 """
 import itertools
 import math
@@ -15,12 +15,12 @@ from ..method.sequences import count_left
 __all__ = ['Space', 'find_best']
 
 Weights = tuple[int, ...]
-_WIDTH = 2  # how many of the best are followed: so one that is worse alone but leads to a better one is not lost
-_PARTS = 4  # parts of an event that can move alone
+_WIDTH = 2  # number of best schedules whose neighbours are tried, so that a worse one can lead to a better one
+_PARTS = 4  # number of parts of a selection, which can move separately
 
 
 class Space:
-    """Schedules of similarity for a model.
+    """Schedules of selection by similarity for a model.
 
     Args:
         depth: Number of blocks.
@@ -41,10 +41,10 @@ class Space:
         self.depth = depth
         self._num_patches, self._num_prefix_tokens = num_patches, num_prefix_tokens
         self._is_aligned = is_aligned
-        self._attention = 1 / (6 * num_channels)  # multiply-adds of attention with a token to those of linear layers
+        self._attention = 1 / (6 * num_channels)  # cost of attention to one token, relative to linear layers
 
     def cost(self, shares: Sequence[float]) -> float:
-        """What all blocks but the last cost, in units of what the linear layers of a dense block do."""
+        """Cost of all blocks but the last, relative to the linear layers of a dense block."""
         num_left, cost = self._num_patches, 0.
         for before, share in itertools.pairwise([1., *shares[:-1]]):
             if share < before:
@@ -59,31 +59,32 @@ class Space:
         return make_similarity_schedule(self.depth, keep_ratio, None).keep_ratio
 
     def weights_of(self, shares: Sequence[float]) -> Weights:
-        """The schedule with an equal part before each block where these shares fall."""
+        """The schedule with equal weights at each block where these shares decrease."""
         return 0, *(_PARTS if after < before else 0 for before, after in itertools.pairwise(shares))
 
     def shares_of(self, weights: Weights, cost: float) -> list[float] | None:
-        """Shares of each block with these weights and this cost; None if more than half would have to go at once."""
+        """Share of each block for these weights and this cost; None if a selection would average more than half."""
         parts = list(itertools.accumulate(weights))
 
         def shares_by(left: float) -> list[float]:
-            # in ten-thousandths, rounded up, so that all see the same schedule wherever it is written down
+            # rounded up to ten-thousandths, so that a schedule is the same after it was printed
             return [math.ceil(1e4 * left ** part - 1e-6) / 1e4 for part in parts]
 
-        low, high = self._num_patches ** (-1 / parts[-1]), 1.  # what a part leaves: at least one token in the end
+        # of the share that a part leaves; in the end, at least one token remains
+        low, high = self._num_patches ** (-1 / parts[-1]), 1.
         for _ in range(20):
             left = (low + high) / 2
             if self.cost(shares_by(left)) > cost:
                 high = left
             else:
                 low = left
-        # Whole tokens go, so the cost grows in steps: the nearer one counts.
+        # The number of tokens is whole, so the cost changes in steps. The nearer one is taken.
         shares = min(map(shares_by, (low, high)), key=lambda found: abs(self.cost(found) - cost))
         is_allowed = all(after >= before / 2 for before, after in itertools.pairwise(shares))
         return shares if is_allowed else None
 
     def neighbours(self, weights: Weights) -> Iterator[Weights]:
-        """Schedules where one event, a part of one, or all of them go one block earlier or later."""
+        """Schedules in which one selection, half of its parts, or all selections are one block earlier or later."""
         for step in (-1, 1):
             moved = (0,) * max(step, 0) + weights[max(-step, 0):self.depth - max(step, 0)] + (0,) * max(-step, 0)
             if sum(moved[1:-1]) == sum(weights):
@@ -99,7 +100,7 @@ class Space:
 
 
 def _simplest(weights: Weights) -> Weights:
-    """The same schedule in parts that can be halved twice."""
+    """The same schedule with weights that can be halved twice."""
     common = reduce(math.gcd, weights)
     simple = tuple(weight // common for weight in weights)
     return tuple(weight * _PARTS for weight in simple) if max(simple) < _PARTS else simple
@@ -112,19 +113,19 @@ def find_best(
         measure: Callable[[list[float]], float],
         most: int,
 ) -> Weights:
-    """Search step by step for the schedule of a cost that loses least.
+    """Search step by step for the schedule of a given cost with the least loss.
 
-    From the best ones so far, all neighbours are measured, until none of them is better.
+    All neighbours of the best schedules so far are measured, until none of them is better.
 
     Args:
         space: Schedules of the model.
-        cost: What a schedule may cost.
-        seeds: Where to begin; at least one is possible at this cost.
-        measure: What shares of each block lose. The same shares always lose the same.
-        most: Number of measurements at most.
+        cost: Cost of the schedule.
+        seeds: Schedules to start from. At least one must be possible at this cost.
+        measure: Loss for the share of each block. It must be the same for the same shares.
+        most: Largest number of measurements.
 
     Returns:
-        The schedule.
+        The best schedule.
     """
     losses: dict[Weights, float] = {}
     followed: set[Weights] = set()

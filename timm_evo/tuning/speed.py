@@ -1,4 +1,4 @@
-""" How fast models run beside a dense one """
+""" Speed of models relative to a dense model """
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from torch.utils.benchmark.utils.timer import timer  # waits for a GPU
 
 __all__ = ['measure_speedups']
 
-_SECONDS = 0.02  # of one measurement at least, which takes several calls if one is faster
+_SECONDS = 0.02  # least time of one measurement, which has several calls if one call is faster
 
 
 def measure_speedups(
@@ -20,15 +20,15 @@ def measure_speedups(
 ) -> list[float]:
     """Speed-up of each model over the dense one.
 
-    Each measurement of a model is compared with one of the dense model right before it, so that what else the machine
-    does meets both; a speed-up is the median over the rounds.
+    Each measurement of a model is compared with a measurement of the dense model right before it, so that other work of
+    the machine affects both. The speed-up is the median over the rounds.
 
     Args:
         dense: The dense model.
         models: Models that take the same images.
         images: One batch (B, C, H, W).
         rounds: Number of rounds.
-        report: Called after each measurement, and once per model after its first calls.
+        report: Function that is called after each measurement, and once per model after its first calls.
     """
     ratios: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-""" The settings of similarity that keep most of a model, for its images and its machine """
+""" `tune`, which finds the settings that keep most of a model on its images and its machine """
 import copy
 import math
 import statistics
@@ -24,15 +24,15 @@ from .tuned import Row, Tuned
 
 __all__ = ['tune']
 
-LEVELS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # keep ratios that are measured as one number
+LEVELS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # keep ratios that are measured by the rule
 MIN_IMAGES = 32
-_MOST_SCHEDULES = 48  # that a search tries
-_ROUNDS = 9  # in which speed is measured
-_FINAL_ROUNDS = 21  # of one schedule
-_GAIN = 1.02  # a smaller speed-up is none
-_MISSED = 0.98  # a speed-up of less than this share of the wish has missed it
-_PASSED = 1.03  # and of more than this gives away some of what could be kept
-_MOST_STEPS = 4  # from a schedule that misses a speed-up to one of another cost
+_MOST_SCHEDULES = 48  # largest number of schedules in a search
+_ROUNDS = 9  # rounds of a speed measurement of several schedules
+_FINAL_ROUNDS = 21  # rounds of a speed measurement of one schedule
+_GAIN = 1.02  # least speed-up that counts as faster
+_MISSED = 0.98  # a speed-up of less than this share of the wish is too small
+_PASSED = 1.03  # a speed-up of more than this share of the wish loses more accuracy than needed
+_MOST_STEPS = 4  # largest number of changes of the cost after a wrong speed-up
 
 Batch = Tensor | tuple[Tensor, Tensor] | list[Tensor]
 
@@ -51,31 +51,31 @@ def tune(
 ) -> Tuned:
     """Fit selection by similarity to a model, its images and the device that it is on.
 
-    Half of the images are searched on: first at keep ratios as one number, then, at the cost that meets the wish, step
-    by step for the schedule that keeps most. The table is of the other half. For the same images, the same schedules
-    are tried; only a wish for a speed-up depends on measured times.
+    The search uses every second image. First, several keep ratios are measured by the rule. Then the schedule that
+    keeps most is searched for, at the cost that meets the wish. The table is for the other images. The same images lead
+    to the same schedules, except that a wish for a speed-up depends on measured times.
 
     Args:
         model: A ViT of timm, dense or evolved, in any mode. It is not changed. Without a head, its features are
-            compared in the place of its classes.
-        images: Images (N, C, H, W) prepared as the model takes them, 32 at least; some hundred are better. Or batches
-            of them, or of pairs of images and labels, as a `DataLoader` gives.
-        labels: Classes (N,), if they are known and not among the batches; then the table has top-1, too.
-        speedup: Wanted speed-up over the dense model, above 1. If no wish is given, 1.5.
-        agreement: Wanted share of the images that keep their class, in (0, 1); for a backbone the cosine of its
-            features. What meets it is made as fast as possible.
-        keep_ratio: Keep ratio whose cost is wanted, in (0, 1).
-        batch_size: Images at a time, also where speed is measured.
-        compile: Measure the speed of compiled models, each of which is compiled first.
-        save: FILE.json to write the settings to. What is measured is kept in FILE.measured.json as it comes: after an
-            interruption the same call goes on, and a second one gives the same settings at once.
+            compared instead of its classes.
+        images: At least 32 images (N, C, H, W) that are prepared for the model; some hundred are better. Or batches of
+            images, or of pairs of images and labels, as from a `DataLoader`.
+        labels: Classes (N,), if they are known and not in the batches. With labels, the table has top-1, too.
+        speedup: Wanted speed-up over the dense model, above 1. It is 1.5 if no wish is given.
+        agreement: Wanted share of the images that keep their class, in (0, 1). For a backbone, the wanted cosine of its
+            features. The fastest schedule that meets it is the result.
+        keep_ratio: Wanted cost, as the keep ratio in (0, 1) that has this cost.
+        batch_size: Number of images in a batch, also when speed is measured.
+        compile: Whether the speed of compiled models is measured. Each of them is compiled first.
+        save: FILE.json for the settings. Measurements are written to FILE.measured.json at once: after an interruption
+            the same call continues, and a second call returns the same settings without new measurements.
 
     Returns:
-        The settings, or the reason why there are none; with the table, and a curve to draw.
+        The settings, or the reason why there are none, with a table and a curve.
 
     Raises:
         TypeError: The model cannot be evolved.
-        ValueError: An argument is outside what is allowed, or the images are too few or all alike.
+        ValueError: The value of an argument is not allowed, or there are too few different images.
     """
     wish = _check_wish(speedup, agreement, keep_ratio)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -97,12 +97,13 @@ def _check_wish(
     given = {'speedup': speedup, 'agreement': agreement, 'keep_ratio': keep_ratio}
     given = {name: value for name, value in given.items() if value is not None} or {'speedup': 1.5}
     if len(given) > 1:
-        raise ValueError(f'{" and ".join(given)} are not allowed together, there can be one wish.')
+        raise ValueError(f'{" and ".join(given)} are not allowed together. Give one of them.')
     name, value = next(iter(given.items()))
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if name == 'speedup':
         if not is_number or not 1 < value < math.inf:
-            raise ValueError(f'speedup={value!r} is not allowed. It must be a number above 1: the dense model has 1.')
+            raise ValueError(
+                f'speedup={value!r} is not allowed. It must be a number above 1, the speed-up of the dense model.')
     elif not is_number or not 0 < value < 1:
         raise ValueError(f'{name}={value!r} is not allowed. It must be a number in (0, 1).')
     return name, float(value)
@@ -112,12 +113,12 @@ def _check_save(file: Path) -> Path:
     if file.suffix != '.json':
         raise ValueError(f'save={str(file)!r} is not allowed. It must end with .json.')
     if not file.absolute().parent.is_dir():
-        raise FileNotFoundError(f'save={str(file)!r}: there is no folder {file.parent}.')
+        raise FileNotFoundError(f'save={str(file)!r} cannot be written: there is no folder {file.parent}.')
     return file
 
 
 def _gather(images: Tensor | Iterable[Batch], labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """All different images that are not of one colour, and their labels."""
+    """All different images that do not have only one colour, and their labels."""
     if not isinstance(images, Tensor):
         batches = list(images)
         pairs = [batch for batch in batches if not isinstance(batch, Tensor)]
@@ -130,7 +131,9 @@ def _gather(images: Tensor | Iterable[Batch], labels: Tensor | None) -> tuple[Te
             f'images of shape {tuple(images.shape)} and {images.dtype} are not allowed. They must be (N, C, H, W) in '
             'floating point, prepared as the model takes them.')
     if labels is not None and labels.shape != images.shape[:1]:
-        raise ValueError(f'labels of shape {tuple(labels.shape)} are not allowed for {len(images)} images.')
+        raise ValueError(
+            f'labels of shape {tuple(labels.shape)} are not allowed. There must be one for each of {len(images)} '
+            'images.')
     seen: dict[str, int] = {}
     num_plain = 0
     for i, image in enumerate(images):
@@ -139,16 +142,16 @@ def _gather(images: Tensor | Iterable[Batch], labels: Tensor | None) -> tuple[Te
         else:
             seen.setdefault(fingerprint([image]), i)
     if len(seen) < MIN_IMAGES:
-        plain = f' ({num_plain} of {len(images)} are of one colour, which say nothing)' if num_plain else ''
+        plain = f' ({num_plain} of {len(images)} have only one colour and do not count)' if num_plain else ''
         raise ValueError(
-            f'{len(seen)} different images{plain} are too few, it takes at least {MIN_IMAGES}: with 200, the agreement '
-            'has an error of one or two points, with 32 one of three to five.')
+            f'{len(seen)} different images{plain} are too few. There must be at least {MIN_IMAGES}. With 200, the '
+            'agreement has an error of one or two points, with 32 an error of three to five.')
     kept = list(seen.values())
     return images[kept], None if labels is None else labels[kept]
 
 
 class _Tuning:
-    """What is measured for a model, and how it is chosen from."""
+    """Measurements of a model, and the choice of its settings."""
 
     def __init__(
             self,
@@ -178,7 +181,7 @@ class _Tuning:
         self._progress = tqdm(total=0, unit='step')
 
     def meet(self, wish: str, value: float) -> Tuned:
-        """Find the settings that meet a wish best."""
+        """Find the best settings that meet a wish."""
         with self._progress:
             return self._meet(wish, value)
 
@@ -187,7 +190,7 @@ class _Tuning:
         outputs = self._outputs(self._dense, 0, 1)
         self._progress.update()
         if not outputs.isfinite().all():
-            raise ValueError('The dense model gives numbers for these images that are not finite.')
+            raise ValueError('The output of the dense model for these images has numbers that are not finite.')
         is_classifier = outputs.dim() == 2 and getattr(self._model, 'num_classes', 0) > 0
         self._reference = Reference(outputs, is_classifier, self._labels if is_classifier else None)
         num_prefix_tokens = self._model.num_prefix_tokens
@@ -198,7 +201,7 @@ class _Tuning:
             is_aligned=not self._model.dynamic_img_size)
 
         if wish == 'keep_ratio':
-            self._space.rule(value)  # which refuses one that is too small, before anything is measured
+            self._space.rule(value)  # raises an error for a value that is too small, before any measurement
         levels = [level for level in LEVELS if self._is_possible(level)]
         schedules = [self._space.rule(level) for level in levels]
         self._expect('keep ratios', 2 * len(levels))
@@ -208,8 +211,8 @@ class _Tuning:
             self._row('rule', *row) for row in zip(levels, schedules, speedups, strict=True)]
         if max(speedups) < _GAIN:
             return self._none(
-                'No keep ratio makes the model faster than it is dense, with images of this size, this batch size and '
-                f'this device: the best is {max(speedups):.2f} x.', rows)
+                'No keep ratio makes the model faster than the dense model, with this image size, batch size and '
+                f'device. The largest speed-up is {max(speedups):.2f} x.', rows)
         costs = [self._space.cost(shares) for shares in schedules]
         if wish == 'speedup':
             return self._meet_speedup(value, costs, speedups, rows)
@@ -221,12 +224,12 @@ class _Tuning:
     def _meet_speedup(self, wish: float, costs: list[float], speedups: list[float], rows: list[Row]) -> Tuned:
         if wish > max(speedups):
             return self._none(
-                f'Nothing meets {wish:g} x: the fastest keep ratio measured has {max(speedups):.2f} x.', rows)
-        # Times are a line over the costs but for noise, which a line through all of them has least of.
+                f'No keep ratio meets {wish:g} x. The fastest that was measured has {max(speedups):.2f} x.', rows)
+        # Without noise, times are a linear function of the costs. A regression over all of them reduces the noise.
         dense = self._space.cost([1.] * self._space.depth)
         slope, offset = statistics.linear_regression([dense, *costs], [1., *(1 / found for found in speedups)])
         if slope <= 0:
-            return self._none('Measured times do not grow with the cost: something else keeps the machine busy.', rows)
+            return self._none('Measured times do not grow with the cost. Other work may keep the machine busy.', rows)
 
         def possible(cost: float) -> float:
             return min(max(cost, min(costs)), max(costs))
@@ -240,7 +243,7 @@ class _Tuning:
             tried.append((self._speedups([shares])[0], shares))
         met = [pair for pair in tried if pair[0] >= _MISSED * wish]
         if not met:
-            return self._none(f'Nothing meets {wish:g} x: the nearest schedule has {max(tried)[0]:.2f} x.', rows)
+            return self._none(f'No schedule meets {wish:g} x. The nearest has {max(tried)[0]:.2f} x.', rows)
         found, shares = min(met)
         return self._found(shares, rows, f'{wish:g} x', found)
 
@@ -258,15 +261,15 @@ class _Tuning:
         speed = 0. if best is None else self._speedups([best])[0]
         if best is None or speed < _GAIN:
             return self._none(
-                f'Nothing that is faster than the dense model meets an agreement of {wish:g} on the images that are '
-                'searched on.', rows)
+                f'No schedule that is faster than the dense model meets an agreement of {wish:g} on the images of the '
+                'search.', rows)
         return self._found(best, rows, f'agreement {wish:g}', speed)
 
     def _none(self, message: str, rows: list[Row]) -> Tuned:
         return Tuned(None, message, rows, self._reference.is_classifier)
 
     def _found(self, shares: list[float], rows: list[Row], wish: str, speed: float) -> Tuned:
-        """The result, with a row for it and one for the rule at the same cost."""
+        """The result, with its row and a row for the rule at the same cost."""
         level = self._level_of(self._space.cost(shares))
         rule = self._space.rule(level)
         compared = self._row('rule', level, rule, self._speedups([rule])[0])
@@ -275,12 +278,12 @@ class _Tuning:
         settings = dict(selection='similarity', keep_ratio=shares[start:], start_block=start)
         kept = f'{tuned.agreement:.1%} of the images keep their class' if self._reference.is_classifier else (
             f'the cosine of the features is {tuned.agreement:.4f}')
-        message = f'Tuned for {wish}: {tuned.speedup:.2f} x of the dense model, and {kept}.'
+        message = f'Tuned for {wish}: the speed-up over the dense model is {tuned.speedup:.2f} x, and {kept}.'
         rows = [row for row in rows if row.keep_ratio != level]
         return Tuned(settings, message, [*rows, compared, tuned], self._reference.is_classifier)
 
     def _search(self, cost: float) -> list[float]:
-        """The schedule of a cost that loses least on the images that are searched on."""
+        """The schedule of a cost with the least loss on the images of the search."""
         space = self._space
         rule = space.weights_of(space.rule(self._level_of(cost)))
         seeds = [rule, *space.neighbours(rule)]
@@ -291,10 +294,10 @@ class _Tuning:
         return shares
 
     def _level_of(self, cost: float) -> float:
-        """The keep ratio that costs as much by the rule, in hundredths."""
+        """The keep ratio in hundredths that has this cost by the rule."""
         hundredths = [i for i in range(1, 100) if self._is_possible(i / 100)]
         costs = [self._space.cost(self._space.rule(i / 100)) for i in hundredths]
-        # of those that cost the same, as whole tokens go, rather a round one
+        # several may have the same cost, because the number of tokens is whole; a round one is preferred
         _, _, found = min((abs(of - cost), i % 10 > 0, i) for of, i in zip(costs, hundredths, strict=True))
         return found / 100
 
@@ -313,7 +316,7 @@ class _Tuning:
                    kept.top1)
 
     def _kept(self, shares: list[float], part: int) -> Kept:
-        """What a schedule keeps of every second image, from the first or from the second one on."""
+        """Comparison with the dense model on every second image, from the first (part 0) or second (part 1) one."""
         def measure() -> list[Any]:
             self._set(shares)
             return list(self._reference.compare(self._outputs(self._model, part, 2), part, 2))
@@ -335,7 +338,7 @@ class _Tuning:
         return self._notes.get(f'speed-ups of {list(schedules)}', measure)
 
     def _timed(self, shares: list[float]) -> Any:
-        """A model of a schedule, with the same weights."""
+        """A model with a schedule and with the same weights."""
         self._set(shares)
         model = _share(self._model)
         return torch.compile(model) if self._compile else model
@@ -348,12 +351,12 @@ class _Tuning:
         return torch.cat([model(batch) for batch in self._images[first::step].split(self._batch_size)])
 
     def _expect(self, what: str, steps: int) -> None:
-        """Show what comes next, and how many steps it takes at most."""
+        """Show the next phase and its largest number of steps in the progress bar."""
         self._progress.set_description(what)
         self._progress.total = self._progress.n + steps
         self._progress.refresh()
 
 
 def _share(model: nn.Module) -> Any:
-    """A copy with the very weights of a model."""
+    """A copy that shares the weights of a model."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})

@@ -1,4 +1,4 @@
-""" What tuning has found: settings, table and curve """
+""" The result of tuning: settings, table and curve """
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ __all__ = ['Row', 'Tuned']
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table, measured on the images that the search did not use.
 
     Attributes:
         setting: 'dense', 'rule' for a keep ratio as one number, or 'tuned'.
-        keep_ratio: The keep ratio that costs as much by the rule.
+        keep_ratio: The keep ratio that has the same cost by the rule.
         gmacs: Multiply-accumulates for one image, in billions.
         speedup: Measured speed-up over the dense model.
-        agreement: Share of the images that were not searched on which get the class of the dense model; for a backbone
-            the cosine of its features.
+        agreement: Share of the images that get the class of the dense model. For a backbone, the cosine of its
+            features.
         error: Standard error of `agreement`.
-        loss: Kullback-Leibler divergence from the dense predictions in nats; for a backbone one minus the cosine.
-        top1: Share of these images that get their label, if there are labels.
+        loss: Kullback-Leibler divergence from the dense predictions in nats. For a backbone, one minus the cosine.
+        top1: Share of the images that get their label, if there are labels.
     """
     setting: str
     keep_ratio: float
@@ -41,13 +41,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What `tune` has found.
+    """The result of `tune`.
 
     Attributes:
-        settings: Arguments for `evolve`, `set_evolution` or `timm.create_model('evo_*')`; None if nothing meets the
+        settings: Arguments for `evolve`, `set_evolution` or `timm.create_model('evo_*')`; None if no schedule meets the
             wish.
-        message: One sentence on how the wish is met, or why it is not.
-        rows: What was measured.
+        message: How the wish is met, or why it is not met.
+        rows: Rows of the table.
         is_classifier: Whether `agreement` is that of classes, and not of features.
     """
     settings: dict[str, Any] | None
@@ -62,12 +62,12 @@ class Tuned:
 
     @property
     def model_kwargs(self) -> str:
-        """The settings as timm's scripts take them behind `--model-kwargs`; empty if there are none."""
+        """The settings as timm's scripts take them after `--model-kwargs`; empty if there are none."""
         return ' '.join(f'{name}={json.dumps(value, separators=(",", ":")) if isinstance(value, list) else value}'
                         for name, value in (self.settings or {}).items())
 
     def __str__(self) -> str:
-        """The table, and below it the message."""
+        """The table, with the message below it."""
         has_top1 = any(row.top1 is not None for row in self.rows)
         titles = ['setting', 'GMACs', 'speed-up', 'same class' if self.is_classifier else 'cosine',
                   'KL' if self.is_classifier else '1 - cosine', *(['top-1'] if has_top1 else [])]
@@ -97,7 +97,7 @@ class Tuned:
             axis.errorbar([row.speedup for row in rows], [row.agreement for row in rows],
                           [row.error for row in rows], fmt=style, capsize=3, label=name)
         for row in rule:
-            if row.setting == 'rule' and row.keep_ratio == round(row.keep_ratio, 1):  # not the one beside the tuned one
+            if row.setting == 'rule' and row.keep_ratio == round(row.keep_ratio, 1):  # not that beside the tuned one
                 axis.annotate(f'{row.keep_ratio:g}', (row.speedup, row.agreement), xytext=(4, 6),
                               textcoords='offset points', fontsize=8)
         axis.set(xlabel='speed-up over the dense model', ylabel='share of images that get the same class'
@@ -110,7 +110,7 @@ class Tuned:
         """Write the settings as JSON: `evolve(model, **json.load(open(file)))`.
 
         Raises:
-            ValueError: There are no settings, because nothing meets the wish.
+            ValueError: There are no settings, because no schedule meets the wish.
         """
         if self.settings is None:
             raise ValueError(f'There are no settings to save. {self.message}')
