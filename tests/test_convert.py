@@ -55,7 +55,7 @@ def deit(tmp_path) -> Reference:
 
 
 def message(*args) -> str:
-    """What the command ends with; it must be one message, no traceback."""
+    """The error message of the command, which must be one message without a traceback."""
     with pytest.raises(SystemExit) as error:
         cli.main([str(arg) for arg in args])
     assert isinstance(error.value.code, str)

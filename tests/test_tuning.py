@@ -208,7 +208,7 @@ def test_what_is_not_allowed_is_refused_before_anything_is_measured(arguments, m
     (lambda images: images.byte(), 'must be .N, C, H, W. in floating point'),
     (lambda images: iter(()), '0 different images are too few'),
 ])
-def test_images_that_say_nothing_are_refused(spoil, message, images):
+def test_images_without_information_are_refused(spoil, message, images):
     with pytest.raises(ValueError, match=message):
         timm_evo.tune(small_vit(), spoil(images))
 
