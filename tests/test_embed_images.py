@@ -235,7 +235,7 @@ def test_a_wrong_argument_is_refused_with_the_reason(call, table, options, messa
 
 
 def test_a_folder_that_is_there_twice_is_refused(call, images):
-    assert f'must have each id once, but {images}/a/' in call('--data', str(images), str(images / 'a'))
+    assert f'must have each id once, but it has {images}/a/' in call('--data', str(images), str(images / 'a'))
 
 
 @pytest.mark.slow

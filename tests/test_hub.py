@@ -634,7 +634,7 @@ def test_a_model_is_replaced_by_force_alone_and_other_files_by_nothing(small, tm
     with pytest.raises(FileExistsError, match='thesis.tex'):
         evolved_hub.save(small, tmp_path, force=True)
     assert (tmp_path / 'thesis.tex').read_text() == 'years of work'
-    with pytest.raises(FileExistsError, match='not a folder'):
+    with pytest.raises(FileExistsError, match='is a file. It must be a folder'):
         evolved_hub.save(small, tmp_path / 'thesis.tex', force=True)
 
 

@@ -215,7 +215,7 @@ def test_images_without_information_are_refused(spoil, message, images):
 
 def test_a_keep_ratio_that_is_too_small_is_refused_before_anything_is_measured(images, monkeypatch):
     monkeypatch.setattr(_Tuning, '_kept', None)
-    with pytest.raises(ValueError, match='keep_ratio=0.001 is not allowed .* it must be at least'):
+    with pytest.raises(ValueError, match='keep_ratio=0.001 is not allowed .* It must be at least'):
         timm_evo.tune(small_vit(), images, keep_ratio=0.001)
 
 
