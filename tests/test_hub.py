@@ -627,7 +627,7 @@ def test_a_folder_that_is_a_link_stays_one(small, tmp_path):
 
 def test_a_model_is_replaced_by_force_alone_and_other_files_by_nothing(small, tmp_path):
     evolved_hub.save(small, tmp_path)
-    with pytest.raises(FileExistsError, match='Use force .* to replace it'):
+    with pytest.raises(FileExistsError, match='Use force=True .* to replace it'):
         evolved_hub.save(timm.create_model('evo_test_vit'), tmp_path)
     assert_saved(small, tmp_path)
     (tmp_path / 'thesis.tex').write_text('years of work')
