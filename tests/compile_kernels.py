@@ -1,8 +1,8 @@
-"""Compile each kernel for a GPU, without one; run in a process of its own, without Triton's interpreter.
+"""Compile each kernel for a GPU, on a machine without one, in a separate process without Triton's interpreter.
 
     python tests/compile_kernels.py [COMPUTE CAPABILITY, such as 90]
 
-Prints a line for each: its name, what for, and the bytes of shared memory that it takes.
+This prints a line for each kernel: its name, the case, and the bytes of shared memory that it takes.
 """
 import os
 import sys
@@ -22,7 +22,7 @@ launched = []
 
 
 class Launcher:
-    """Takes down what a kernel is launched with."""
+    """Records the arguments with which a kernel is launched."""
 
     def __init__(self, kernel) -> None:
         self.kernel = kernel

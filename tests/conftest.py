@@ -1,4 +1,4 @@
-"""Before anything is imported"""
+"""Environment variables that must be set before any import"""
 import os
 
 import torch

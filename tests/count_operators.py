@@ -1,9 +1,9 @@
-"""Kernels that a forward pass launches on a GPU, counted without one; run in a process of its own.
+"""Count the kernels that a forward pass launches on a GPU, on a machine without one, in a separate process.
 
     python tests/count_operators.py MODEL [MODEL ...] [--all]
 
-Views and new memory launch nothing, so they are left out; attention is one operator, as on a GPU. Prints the model, the
-selection or 'dense', and the number; with --all, how often each operator is called.
+Views and new memory launch nothing, so they are left out. Attention is one operator, as on a GPU. This prints the
+model, the selection or 'dense', and the number; with --all, also the calls of each operator.
 """
 import os
 import sys
@@ -31,7 +31,7 @@ SEVERAL = {'average_alike': 4}  # launches of one operator
 
 
 class Counts(TorchDispatchMode):
-    """Counts what is not a view."""
+    """Counts operators that are not views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Counts(TorchDispatchMode):
 
 
 def on_cuda(tensor: Tensor) -> Tensor:
-    """Of the same shape, without values."""
+    """A tensor of the same shape, without values."""
     return torch.empty(
         tensor.shape, device='cuda', dtype=torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
 

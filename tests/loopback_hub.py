@@ -1,10 +1,10 @@
-"""A Hugging Face Hub on the loopback interface, for the client as it is
+"""A Hugging Face Hub on the loopback interface, for the unchanged client
 
 Repositories are kept in memory and served the way `huggingface_hub` reads them, so nothing of the client has to be
-replaced: it is pointed here with HF_ENDPOINT. The hub can be told to go wrong, and logs what it was asked for.
+replaced: HF_ENDPOINT is set to this hub. A test can make the hub fail, and the hub logs all requests.
 
-Not as on the Hub: weights are not redirected to another host, there is no Xet storage, a revision is `main` or the
-commit it stands at, and everybody may write.
+There are differences from the real Hub: weights are not redirected to another host, there is no Xet storage, a revision
+is `main` or its commit, and every client may write.
 """
 import base64
 import hashlib

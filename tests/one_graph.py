@@ -1,7 +1,7 @@
-"""Have models with kernels taken into one graph by torch.compile, without a GPU; run in a process of its own.
+"""Let torch.compile make one graph of models with kernels, on a machine without a GPU, in a separate process.
 
-Nothing is computed: the compiler is stopped when it has the graph, in which each kernel is to be a node. Prints the
-model, the selection, and how many kernels there are in its graph.
+Nothing is computed: the compiler is stopped when it has the graph, in which each kernel must be a node. This prints the
+model, the selection, and the number of kernels in the graph.
 """
 import os
 

@@ -1,4 +1,4 @@
-"""A dry run of a release: built, checked, installed where nothing but pip is, the README run, and uninstalled.
+"""A dry run of a release: build, check, install in an environment with only pip, run the README, and uninstall.
 
     python tests/release_check.py --python python3.10 --torch 2.5.1
 
@@ -48,7 +48,7 @@ print('timm works without')
 
 
 def run(*command: str | Path, environment: dict[str, str] | None = None, **kwargs) -> str:
-    """What a command prints; where it fails, all that it says, and the end."""
+    """Output of a command. If the command fails, print all of its output and exit."""
     result = subprocess.run(
         [str(part) for part in command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         **kwargs)
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Build, check, install, use and uninstall a release; publish none.')
     parser.add_argument('--python', default=sys.executable, help='of the new environment (default: the one that runs)')
     parser.add_argument('--torch', default='newest', help='release to install, such as 2.5.1 (default: newest)')
-    parser.add_argument('--timm', default='newest', help='likewise')
+    parser.add_argument('--timm', default='newest', help='release of timm, or newest')
     parser.add_argument(
         '--packages', type=Path, metavar='DIR', help='site-packages to see instead of installing them')
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Token evolution once more, written to be obvious: one image at a time, whole attention matrices, lists of tokens."""
+"""A second implementation of token evolution that is easy to check: one image at a time, with lists of tokens."""
 import torch
 from torch import Tensor
 
@@ -105,8 +105,8 @@ def run_block(
 ) -> tuple[Tensor, Tensor]:
     """One block on the tokens (L, C) of one image, and the attention (L,) that scores them.
 
-    A token that counts as many is looked at as often: the logarithm of its size (L,) is added to the products. Tokens
-    that stand for a place have a rotation (H, 2 * d), by their position among the tokens.
+    A token counts as several equal tokens: the logarithm of its size (L,) is added to the products. Tokens with a
+    position have a rotation (H, 2 * d), by their position among the tokens.
     """
     kind = type(block).__name__
     if kind in ('EvaBlock', 'EvaBlockPostNorm'):

@@ -1,4 +1,4 @@
-"""Token evolution in LeViT once more, written to be obvious: lists of tokens, whole attention matrices, one at a time.
+"""A second implementation of token evolution in LeViT that is easy to check: one image at a time, with lists of tokens.
 
 Only timm's projections, MLPs and norms see the whole batch at once, because batch norm has to.
 """

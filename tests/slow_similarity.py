@@ -1,4 +1,4 @@
-"""Selection by similarity once more, written to be obvious: one image at a time, lists of groups of patches."""
+"""A second implementation of selection by similarity that is easy to check: one image, lists of groups of patches."""
 import torch
 from slow_evolution import embed, run_block
 from torch import Tensor
@@ -91,7 +91,7 @@ def _hand_over(model, groups: list[Group], num_left: int, width: int | None) -> 
 
 
 def _loss(model, a: Group, b: Group) -> float:
-    """What an average would lose of both."""
+    """Loss of the average of two groups."""
     features = [model.norm(group.token) for group in (a, b)]
     cosine = features[0] @ features[1] / (features[0].norm() * features[1].norm())
     return ((1 - cosine) * a.size * b.size / (a.size + b.size)).item()

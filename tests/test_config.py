@@ -33,7 +33,7 @@ def test_what_no_model_could_have_is_refused_without_a_model(arguments, message)
         EvolutionConfig(**arguments)
 
 
-def test_it_is_a_value_of_plain_numbers_that_does_not_change():
+def test_the_configuration_has_plain_numbers_and_cannot_be_changed():
     config = EvolutionConfig(keep_ratio=np.array([0.7, 0.5]), start_block=np.int64(3))
     assert config == EvolutionConfig(keep_ratio=[0.7, 0.5], start_block=3)
     assert type(config.keep_ratio) is list and type(config.start_block) is int
@@ -62,7 +62,7 @@ def test_help_shows_what_can_change_at_run_time():
     ('evo_deit_tiny_patch16_224', dict(selection='stage')),
     ('evo_levit_cls_128s', dict(selection='stage', class_token=True, learn_tradeoff=True)),
 ])
-def test_a_model_says_by_which_arguments_it_is(name, defaults):
+def test_a_model_shows_its_arguments(name, defaults):
     model = timm.create_model(name, keep_ratio=0.7, start_block=2)
     assert model.evolution_config == EvolutionConfig(keep_ratio=0.7, start_block=2, **defaults)
     model.set_evolution(keep_ratio=0.6, start_block=None)

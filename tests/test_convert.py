@@ -55,7 +55,7 @@ def deit(tmp_path) -> Reference:
 
 
 def message(*args) -> str:
-    """What the command ends with; it must be one message, no traceback."""
+    """The error message of the command, which must be one message without a traceback."""
     with pytest.raises(SystemExit) as error:
         cli.main([str(arg) for arg in args])
     assert isinstance(error.value.code, str)
@@ -118,7 +118,7 @@ def test_a_folder_is_replaced_by_force_alone(deit, tmp_path):
                *model_kwargs(deit)]
     cli.main([str(part) for part in command])
     written = (tmp_path / 'model' / 'config.json').stat().st_mtime_ns
-    assert 'Use force (--force) to replace it' in message(*command)
+    assert 'Use force=True (--force) to replace it' in message(*command)
     assert (tmp_path / 'model' / 'config.json').stat().st_mtime_ns == written
     cli.main([str(part) for part in [*command, '--force']])
     assert (tmp_path / 'model' / 'config.json').stat().st_mtime_ns > written

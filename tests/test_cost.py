@@ -1,4 +1,4 @@
-"""Arithmetic is counted as PyTorch counts it, and nothing else in the process notices."""
+"""Multiply-accumulates are counted by PyTorch's formulas, without an effect on the rest of the process."""
 import threading
 
 import pytest

@@ -1,4 +1,4 @@
-"""On a CUDA device, without one: tensors that have shapes and a device but no values show what a model asks of it."""
+"""Use of a CUDA device, on a machine without one: tensors have shapes and a device, but no values."""
 import pytest
 import timm
 import torch

@@ -169,7 +169,7 @@ def is_whole(file: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_each_image_is_there_once_as_of_a_plain_loop(expected, killed, resumed):
+def test_a_killed_run_continues_and_writes_each_image_once_as_a_plain_loop_does(expected, killed, resumed):
     output, _ = resumed
     before = {file.name: file.read_bytes() for file in killed.glob('features/*.parquet') if is_whole(file)}
     assert 0 < sum(pq.read_metadata(killed / 'features' / name).num_rows for name in before) < len(expected)
@@ -235,7 +235,7 @@ def test_a_wrong_argument_is_refused_with_the_reason(call, table, options, messa
 
 
 def test_a_folder_that_is_there_twice_is_refused(call, images):
-    assert f'must have each id once, but {images}/a/' in call('--data', str(images), str(images / 'a'))
+    assert f'must have each id once, but it has {images}/a/' in call('--data', str(images), str(images / 'a'))
 
 
 @pytest.mark.slow
@@ -266,7 +266,7 @@ def test_an_output_that_another_run_writes_to_is_refused(call, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('who', ['MapWorker(MapBatches(Embed))', 'decode'])
-def test_when_a_process_is_killed_the_run_goes_on_without_it(images, expected, ray_folder, tmp_path, who):
+def test_when_a_process_is_killed_the_run_continues_without_it(images, expected, ray_folder, tmp_path, who):
     process, killed = start(ray_folder, images, tmp_path / 'output'), []
     try:
         while process.poll() is None and not killed:

@@ -82,7 +82,7 @@ def test_attention_masks(mask):
 
 
 class OwnBlock(nn.Linear):
-    """A block of somebody's own."""
+    """A block of a user's class."""
 
     def __init__(self, dim: int, **kwargs) -> None:
         super().__init__(dim, dim)
@@ -145,7 +145,7 @@ def test_a_refused_input_size_leaves_the_model_as_it_was():
 
 
 class BlockWithoutMask(Block):
-    """As users have them who once copied timm's."""
+    """A block as in an old copy of timm's code."""
 
     def forward(self, x):
         x = x + self.ls1(self.attn(self.norm1(x)))

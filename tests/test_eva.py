@@ -238,7 +238,7 @@ def test_an_export_gives_the_logits_at_any_batch_size(kind, selection, tmp_path)
 
 
 @pytest.mark.parametrize('kind', [kind for kind in KINDS if KINDS[kind].get('global_pool') == 'token'])
-def test_the_last_block_is_short_where_the_head_reads_the_class_token_and_nobody_looks(kind, monkeypatch):
+def test_the_last_block_is_short_if_the_head_reads_the_class_token_and_there_are_no_hooks(kind, monkeypatch):
     """That the logits are those of the whole block is part of the equality with the obvious implementation."""
     model = build(**KINDS[kind], selection='similarity')
     images, calls = torch.randn(2, 3, 24, 24, dtype=torch.float64), []

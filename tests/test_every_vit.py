@@ -180,7 +180,7 @@ def test_restoring_takes_class_head_and_count_away():
     model = evolve(dense, selection='stage', class_head=True, layerwise_updates=5)
     assert {'head_cls.weight', 'num_updates'} <= model.state_dict().keys() - keys
     assert restore(model).state_dict().keys() == keys
-    sgd(model).step()  # nobody counts any more
+    sgd(model).step()  # no model counts any more
 
 
 def test_a_refused_model_is_left_as_it_was():
@@ -297,7 +297,7 @@ def selections(model: nn.Module) -> dict[int, float]:
     return {i: ratio for i, ratio in enumerate(keep_ratio) if begins[i] and ratio < 1}
 
 
-def test_counting_goes_on_after_a_change():
+def test_counting_continues_after_a_change():
     model = evolve(create('vit_tiny_patch16_224'), selection='stage', layerwise_updates=3)
     optimizer = sgd(model)
     optimizer.step()

@@ -154,7 +154,7 @@ def test_a_model_within_another_one_is_scripted_and_is_itself_afterwards(name, s
     assert torch.equal(around(images), model(images)) and 'Evo' not in type(model).__name__
 
 
-def test_a_model_that_is_scripted_within_another_one_goes_on_counting():
+def test_a_model_that_is_scripted_within_another_one_continues_to_count():
     around = nn.Sequential(nn.Identity(), create_model('evo_deit_tiny_patch16_224', SMALL | dict(layerwise_updates=5)))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # torch.jit.script is deprecated

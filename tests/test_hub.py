@@ -149,7 +149,7 @@ class Client:
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), initializer=no_waits)
         with mock.patch.dict(os.environ, environment):
             os.environ.pop('HF_TOKEN', None)
-            self._pool.submit(os.getpid)  # starts the process; nobody waits for it here
+            self._pool.submit(os.getpid)  # it starts the process, without waiting for it
 
     def call(self, function, *args, **kwargs):
         return self._pool.submit(function, *args, **kwargs).result(timeout=120)
@@ -165,13 +165,13 @@ class Client:
         return outcome
 
     def close(self) -> None:
-        self._pool.submit(os._exit, 0)  # at once, torch takes seconds to say goodbye
+        self._pool.submit(os._exit, 0)  # at once, because torch takes seconds to exit
         self._pool.shutdown()
 
 
 @pytest.fixture(scope='module')
 def processes(tmp_path_factory):
-    """The hub, a client, a client that is told not to go to the hub, and the folder of their caches."""
+    """The hub, a client, an offline client, and the folder of their caches."""
     caches = tmp_path_factory.mktemp('caches')
     with LoopbackHub() as server:
         online = Client(server.endpoint, caches / 'online')
@@ -627,14 +627,14 @@ def test_a_folder_that_is_a_link_stays_one(small, tmp_path):
 
 def test_a_model_is_replaced_by_force_alone_and_other_files_by_nothing(small, tmp_path):
     evolved_hub.save(small, tmp_path)
-    with pytest.raises(FileExistsError, match='Use force .* to replace it'):
+    with pytest.raises(FileExistsError, match='Use force=True .* to replace it'):
         evolved_hub.save(timm.create_model('evo_test_vit'), tmp_path)
     assert_saved(small, tmp_path)
     (tmp_path / 'thesis.tex').write_text('years of work')
     with pytest.raises(FileExistsError, match='thesis.tex'):
         evolved_hub.save(small, tmp_path, force=True)
     assert (tmp_path / 'thesis.tex').read_text() == 'years of work'
-    with pytest.raises(FileExistsError, match='not a folder'):
+    with pytest.raises(FileExistsError, match='is a file. It must be a folder'):
         evolved_hub.save(small, tmp_path / 'thesis.tex', force=True)
 
 

@@ -80,7 +80,7 @@ class TestAttentionWithSizes:
         out, _ = self.attend(*twice, torch.ones(1, 21, device=DEVICE))
         torch.testing.assert_close(once, out[:, :, :20], rtol=1e-5, atol=1e-5)
 
-    def test_what_a_kernel_cannot_do_is_done_without(self):
+    def test_what_a_kernel_cannot_do_is_computed_by_the_tensor_steps(self):
         query, key, value = random(3, 1, 2, 20, 32)
         mask = random(1, 1, 1, 20, seed=1).as_subclass(SizeMask)
         query.requires_grad_()
@@ -195,7 +195,7 @@ class TestAnEventOfSimilarity:
         assert all(part.isfinite().all() for part in event(x, 0, 4))
 
     @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-    def test_the_way_back(self, dtype):
+    def test_following_restores_all_tokens(self, dtype):
         x = random(2, 3 + 20, 24, dtype=dtype)
         averages, _, _, _, follows, _, _ = event(x, 3, 8, width=5)
         tokens = averages + random(*averages.shape, dtype=dtype, seed=3)
@@ -227,7 +227,7 @@ class TestThePublishedSteps:
     @pytest.mark.parametrize('num_prefix', [0, 1, 5])
     @pytest.mark.parametrize('num_patches', [1, 35, 196])
     @pytest.mark.parametrize('fast_update', [False, True])
-    def test_selection_and_the_way_back(self, num_patches, num_prefix, fast_update):
+    def test_selection_and_following(self, num_patches, num_prefix, fast_update):
         x = random(2, num_prefix + num_patches, 24)
         scores = random(2, num_prefix + num_patches, seed=1).sigmoid()
         num_slow = max(1, num_patches // 2)
@@ -333,7 +333,7 @@ def test_without_the_fused_attention_the_mask_is_plain(monkeypatch):
 
 
 class TestWhereTheStepsRun:
-    """Nobody has to know where a kernel cannot be."""
+    """Kernels are replaced by the tensor steps wherever they cannot run."""
 
     def test_gradients(self):
         x = random(1, 4, 8).requires_grad_()
@@ -344,7 +344,7 @@ class TestWhereTheStepsRun:
     def test_other_numbers(self):
         assert not can_run(random(1, 4, 8).double())
 
-    def test_where_the_environment_says_so(self, monkeypatch):
+    def test_if_the_environment_turns_kernels_off(self, monkeypatch):
         monkeypatch.setenv('TIMM_EVO_KERNELS', '0')
         assert not can_run(random(1, 4, 8))
         monkeypatch.delenv('TIMM_EVO_KERNELS')
@@ -392,7 +392,7 @@ class TestWhereTheStepsRun:
         torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_error_names_the_way_out():
+def test_an_error_says_how_to_run_without_kernels():
     with pytest.raises(RuntimeError, match='TIMM_EVO_KERNELS=0'):
         launch('follow_averages', random(1, 4, 8), random(1, 2), random(1, 2, 8), random(1, 4))
 

@@ -223,7 +223,7 @@ def test_optimizers_that_share_the_parameters_count_once():
         assert model.num_updates == updates
 
 
-def test_an_optimizer_of_other_weights_goes_on_counting():
+def test_an_optimizer_of_other_weights_continues_the_count():
     model = counting()
     for parameters in (model.head.parameters(), model.parameters(), model.blocks.parameters()):
         update(model, torch.optim.SGD(parameters, lr=1e-3), 2)
@@ -384,7 +384,7 @@ def test_the_count_is_in_the_state_dict_only_with_a_schedule_over_updates(name):
     assert set(counting(name).state_dict()) - set(create(name).state_dict()) == {'num_updates'}
 
 
-def test_a_checkpoint_goes_on_where_it_was(name):
+def test_a_checkpoint_continues_the_count(name):
     model = counting(name)
     optimizer = sgd(model)
     update(model, optimizer, N - 1)
@@ -532,7 +532,7 @@ def test_a_shallow_copy_stops_to_count_with_the_buffer_it_shares():
     assert copied.num_updates is None
 
 
-def test_a_count_made_in_inference_mode_goes_on_in_training(name):
+def test_a_count_made_in_inference_mode_continues_in_training(name):
     with torch.inference_mode():
         model = counting(name)
     for module in model.modules():  # weights of inference mode can't be trained, copies of them can
@@ -542,7 +542,7 @@ def test_a_count_made_in_inference_mode_goes_on_in_training(name):
     assert model.num_updates == 1
 
 
-def test_a_count_begun_in_inference_mode_goes_on_in_training():
+def test_a_count_begun_in_inference_mode_continues_in_training():
     model = evolve(timm.create_model('test_vit'), selection='stage')
     with torch.inference_mode():
         model.set_evolution(layerwise_updates=N)
@@ -550,7 +550,7 @@ def test_a_count_begun_in_inference_mode_goes_on_in_training():
     assert model.num_updates == 1
 
 
-def test_a_count_loaded_in_inference_mode_goes_on_in_training():
+def test_a_count_loaded_in_inference_mode_continues_in_training():
     model, plain = counting(), create()
     with torch.inference_mode():
         model.load_state_dict(plain.state_dict(), assign=True)

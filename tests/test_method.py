@@ -175,7 +175,7 @@ def test_preserved_placeholders_stay_where_they_are():
 
 
 class LowRank(nn.Module):
-    """A low-rank adapter in the place of a projection, whose own weight is not all that it computes."""
+    """A low-rank adapter that replaces a projection, and whose weight is only a part of what it computes."""
 
     def __init__(self, linear: nn.Linear, seed: int) -> None:
         super().__init__()

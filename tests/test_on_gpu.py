@@ -1,4 +1,4 @@
-"""benchmarks/on_gpu.py, which is for a GPU, on a CPU at tiny sizes: its records, its table, and that it goes on."""
+"""benchmarks/on_gpu.py on a CPU at tiny sizes: its records, its table, and that it continues."""
 import json
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What an editor, a type checker, a package index and a first look see of the package."""
+"""The package in an editor, a type checker and a package index; public names and errors."""
 import re
 import subprocess
 import sys
@@ -131,7 +131,7 @@ def test_the_version_has_an_entry_in_the_changelog_and_the_citation():
 
 
 @pytest.mark.parametrize('name', ['test_vit', 'levit_128s'])
-def test_a_dense_model_evolves_for_a_while(name):
+def test_a_dense_model_is_evolved_only_within_the_context(name):
     model = timm.create_model(name).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # fresh branches of LeViT add nothing
@@ -147,7 +147,7 @@ def test_a_dense_model_evolves_for_a_while(name):
     assert type(model) is cls
 
 
-def test_an_evolved_model_evolves_in_another_way_for_a_while():
+def test_an_evolved_model_has_other_arguments_only_within_the_context():
     model = timm.create_model('evo_test_vit', keep_ratio=0.5).eval()
     images, saved = torch.randn(2, 3, 160, 160), getattr(model, '_model_args', None)
     before, settings = model(images), dict(model.evolution)
@@ -160,7 +160,7 @@ def test_an_evolved_model_evolves_in_another_way_for_a_while():
     assert model.evolution == settings
 
 
-# Errors that tell the truth
+# Errors
 
 
 class TwoDeep(nn.Module):
@@ -169,7 +169,7 @@ class TwoDeep(nn.Module):
         self.encoder = nn.ModuleDict({'vit': timm.create_model('test_vit')})
 
 
-def test_what_cannot_be_evolved_is_told_why():
+def test_an_error_says_why_a_model_cannot_be_evolved():
     with pytest.raises(TypeError, match="evolve takes a model, not its name 'vit_base_patch16_224'"):
         timm_evo.evolve('vit_base_patch16_224')
     with pytest.raises(TypeError, match=r'evolve takes a model \(torch.nn.Module\), not an object of class dict'):
@@ -218,7 +218,7 @@ def test_the_nearest_name_of_a_misspelt_argument_is_named():
         timm_evo.evolve(vit, nonsense=1)
 
 
-def test_arguments_of_the_other_family_are_told_apart():
+def test_an_error_says_why_a_family_does_not_have_an_argument():
     levit = timm.create_model('levit_128s')
     for call in (
             lambda: timm_evo.evolve(levit, stage_depth=2), lambda: timm.create_model('evo_levit_128s', stage_depth=2),

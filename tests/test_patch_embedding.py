@@ -1,4 +1,4 @@
-"""The patch embedding as one product where nobody can tell; here on a CPU, where only the environment asks for it."""
+"""The patch embedding as one product, without a visible difference. On a CPU the environment turns it on."""
 import pytest
 import timm
 import torch
@@ -81,7 +81,7 @@ def overlapping(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize('change', [watched, replaced, parametrized, overlapping])
 @torch.no_grad()
-def test_who_could_tell_gets_the_convolution(change, products):
+def test_with_hooks_or_changes_the_convolution_is_used(change, products):
     model = change(create('evo_deit_tiny_patch16_224')).to(BF16)
     model.patch_embed(images(model).to(BF16))
     model._embed_patches(images(model).to(BF16))
@@ -89,7 +89,7 @@ def test_who_could_tell_gets_the_convolution(change, products):
 
 
 @torch.no_grad()
-def test_other_numbers_and_devices_get_the_convolution(products, monkeypatch):
+def test_with_other_dtypes_and_devices_the_convolution_is_used(products, monkeypatch):
     model = create('evo_deit_tiny_patch16_224')
     model._embed_patches(images(model))  # float32, in which a product is rounded in another way
     monkeypatch.delenv('TIMM_EVO_KERNELS')

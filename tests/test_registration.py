@@ -230,9 +230,9 @@ print(refused(hub.save, model, '{tmp_path}/model'))
 model.set_evolution(keep_ratio=0.7)
 print('keep_ratio' in getattr(model, '_model_args', {{}}))
 """, TORCH_DEVICE_BACKEND_AUTOLOAD='0').splitlines() == [
-        'evo_foo is not evolved.',
+        'evo_foo is not an evolved model.',
         f"timm has no model foo. The {len(NAMES) - 4} evolved ones are in timm.list_models('evo_*').",
-        'deit_tiny_patch16_224 is not evolved.',
+        'deit_tiny_patch16_224 is not an evolved model.',
         "VisionTransformer is not evolved. timm's save_for_hf and push_to_hf_hub write a dense model; "
         "timm.create_model('evo_*') creates an evolved one.",
         'timm would load this model as the dense evo_foo, because it was created dense and then evolved. Restore it '

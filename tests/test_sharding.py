@@ -248,7 +248,7 @@ def run_all(rank: int, port: int, folder: Path, cases: list[str]) -> None:
     for name, run in runs.items():
         try:
             seen = run()
-        except Exception:  # the test of this case fails with it, the others go on
+        except Exception:  # the test of this case fails with it, and the others continue
             seen = traceback.format_exc()
         torch.save(seen, folder / f'{name} {rank}.pth')
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The last block computes no more than the head reads, and nobody can tell but by the time it takes."""
+"""The last block computes only what the head reads, and the only visible difference is the time."""
 import pytest
 import torch
 from test_method import KINDS, build
@@ -119,7 +119,7 @@ def test_another_attention_goes_through_the_block_as_it_is(model, lengths):
     assert lengths == []
 
 
-# Nobody can tell
+# No visible difference
 
 
 def watch_with_hook(method: str, place: str):
@@ -152,7 +152,7 @@ def watch_with_own_forward(place: str):
 
 
 def watch_with_module(place: str):
-    """Puts a module of another origin in the place of one."""
+    """Replaces a module by one of another origin."""
 
     class Watching(nn.Module):
         def __init__(self, module: nn.Module, seen: list[int]) -> None:
@@ -202,7 +202,7 @@ WATCHERS = {
 
 @pytest.mark.parametrize('selection', ['stage', 'similarity'])
 @pytest.mark.parametrize('watcher', WATCHERS)
-def test_whoever_watches_sees_every_token(watcher, selection, lengths):
+def test_hooks_and_replaced_methods_get_every_token(watcher, selection, lengths):
     model, plain = build(selection=selection), build(selection=selection)
     seen = []
     WATCHERS[watcher](model, seen)

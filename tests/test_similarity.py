@@ -238,7 +238,7 @@ def test_the_papers_own_names_are_as_published_and_all_others_take_similarity():
     ('stage_depth', 1, "selection='stage'"),
     ('layerwise_updates', 10, "'stage'"),
 ])
-def test_what_only_the_published_selections_know_says_so(argument, value, needed):
+def test_arguments_of_the_published_selections_are_refused_by_similarity(argument, value, needed):
     with pytest.raises(ValueError, match=f'{argument}={value!r} is not allowed.*{needed}'):
         timm_evo.evolve(timm.create_model('test_vit'), **{argument: value})
 

@@ -1,4 +1,4 @@
-"""Scores come from the block's own call: whatever acts on its weights or stands around its modules acts on them."""
+"""Scores are from the call of the block, so that changes of its weights and wrappers of its modules affect them."""
 import copy
 import functools
 import gc
@@ -150,11 +150,11 @@ def test_half_precision_is_finite_where_the_dense_model_is(fused):
     assert torch.isfinite(evolve(dense, selection='layer', start_block=1)(x)).all()
 
 
-# Attentions that are not heard
+# Attentions without queries and keys for the tap
 
 
 def attention_of_somebody(attn: nn.Module, x: Tensor, attn_mask=None, is_causal: bool = False) -> Tensor:
-    """As it is written where maps of attention are wanted, by whoever never heard of `q_norm`."""
+    """An attention as in code that shows attention maps, which does not call `q_norm`."""
     B, L, C = x.shape
     q, k, v = attn.qkv(x).reshape(B, L, 3, attn.num_heads, C // attn.num_heads).permute(2, 0, 3, 1, 4)
     return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, C))
@@ -225,7 +225,7 @@ def test_a_model_that_runs_in_a_hook_of_another_leaves_it_alone():
 
 @pytest.mark.parametrize('copied', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize('qk_norm', [False, True])
-def test_a_copy_is_heard_by_itself(copied, qk_norm):
+def test_a_copy_has_its_own_tap(copied, qk_norm):
     model = build(**LAYERWISE, qk_norm=qk_norm)
     other = copied(model)
     assert torch.equal(other(images()), model(images()))
@@ -237,7 +237,7 @@ def test_a_copy_is_heard_by_itself(copied, qk_norm):
 
 @pytest.mark.parametrize('kind', [*BLOCKS, *KINDS])
 @pytest.mark.parametrize('use', ['a copy', 'inference', 'training'])
-def test_a_model_that_nobody_needs_leaves_memory_at_once(kind, use):
+def test_a_model_without_references_leaves_memory_at_once(kind, use):
     def use_copy() -> list[weakref.ref]:
         other = copy.deepcopy(model)
         if use == 'inference':
@@ -418,7 +418,7 @@ def test_a_hook_in_a_compiled_block_may_call_another_model():
 
 @pytest.fixture
 def alone():
-    """How often it was warned of a block that somebody else calls."""
+    """Number of warnings of a block that other code calls."""
     taps._warn_of_own_loop.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')

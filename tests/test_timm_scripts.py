@@ -53,7 +53,7 @@ class Training:
     Attributes:
         model: Model and numerics, which `validate.py` and `inference.py` are told in the same words.
         options: Further options of `train.py`.
-        checks: Further options of `validate.py`, to look at the weights that `train.py` looked at.
+        checks: Further options of `validate.py`, to validate the weights that `train.py` validated.
         epochs: Number of epochs.
         updates: Number of optimizer updates in them.
     """
@@ -225,7 +225,7 @@ def workplace(tmp_path_factory) -> Workplace:
 
 @pytest.fixture(scope='module')
 def trained(workplace) -> Callable[[str], Run]:
-    """Trains once for all tests that look at the same training."""
+    """Trains once for all tests of the same training."""
     runs = {}
 
     def trained(name: str) -> Run:

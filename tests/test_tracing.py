@@ -1,4 +1,4 @@
-"""`timm_evo.trace`: what a model selects, against the obvious implementations, through wrappers, changing nothing."""
+"""`timm_evo.trace`: selections of a model, compared with the slow implementations, also through wrappers."""
 import copy
 
 import pytest

@@ -208,14 +208,14 @@ def test_what_is_not_allowed_is_refused_before_anything_is_measured(arguments, m
     (lambda images: images.byte(), 'must be .N, C, H, W. in floating point'),
     (lambda images: iter(()), '0 different images are too few'),
 ])
-def test_images_that_say_nothing_are_refused(spoil, message, images):
+def test_images_without_information_are_refused(spoil, message, images):
     with pytest.raises(ValueError, match=message):
         timm_evo.tune(small_vit(), spoil(images))
 
 
 def test_a_keep_ratio_that_is_too_small_is_refused_before_anything_is_measured(images, monkeypatch):
     monkeypatch.setattr(_Tuning, '_kept', None)
-    with pytest.raises(ValueError, match='keep_ratio=0.001 is not allowed .* it must be at least'):
+    with pytest.raises(ValueError, match='keep_ratio=0.001 is not allowed .* It must be at least'):
         timm_evo.tune(small_vit(), images, keep_ratio=0.001)
 
 

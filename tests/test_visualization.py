@@ -1,4 +1,4 @@
-"""Pictures and pages of kept tokens show what `timm_evo.trace` tells."""
+"""Pictures and pages of selected tokens show the selections of `timm_evo.trace`."""
 import argparse
 import base64
 import io
@@ -290,7 +290,7 @@ def test_classes_of_imagenet_have_their_names(photo):
 
 
 @pytest.mark.parametrize('kwargs', [dict(num_classes=7), dict(num_classes=0), dict(num_classes=0, global_pool='')])
-def test_no_prediction_is_written_where_nobody_knows_the_names(kwargs, photo, tmp_path):
+def test_no_prediction_is_written_if_the_names_are_not_known(kwargs, photo, tmp_path):
     model = create(**kwargs)
     assert len(timm_evo.visualize(photo, model).get_suptitle().splitlines()) == 1
     visualization.write_page(tmp_path / 'page.html', photo, model)
@@ -381,7 +381,7 @@ KWARGS = [f'{key}={value}' for key, value in SMALL.items()]
 
 
 def message(*args) -> str:
-    """What the command ends with; it must be one sentence, no traceback."""
+    """The error message of the command, which must be text without a traceback."""
     with pytest.raises(SystemExit) as error:
         cli.main([str(arg) for arg in args])
     text = error.value.code

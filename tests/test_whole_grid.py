@@ -1,4 +1,4 @@
-"""`timm_evo.whole_grid`: what hooks see between blocks, as values of all patches, for every selection and family."""
+"""`timm_evo.whole_grid`: values of hooks between blocks, spread to all patches, for every selection and family."""
 import copy
 import pickle
 
@@ -185,7 +185,7 @@ def test_attention_maps_gather_from_all_tokens_what_they_gathered_from_those_pre
 
 
 class Cam:
-    """Grad-CAM as its library goes about it: one function for activations and gradients, called by hooks."""
+    """Grad-CAM as in its library: hooks call one function for activations and gradients."""
 
     def __init__(self, model: nn.Module, layers: list[nn.Module], reshape_transform) -> None:
         self.model, self.reshape_transform = model, reshape_transform
@@ -309,7 +309,7 @@ def test_a_model_computes_the_same_and_is_as_it_was_afterwards(family):
 
 @EACH_FAMILY
 @torch.no_grad()
-def test_copies_and_traces_are_not_looked_at(family):
+def test_copies_and_traces_are_not_recorded(family):
     model, x = build_any(family)
     other = torch.randn_like(x)
     seen, classes = [], [type(module) for module in model.modules()]
@@ -349,7 +349,7 @@ def test_grids_that_overlap():
 
 
 @pytest.mark.parametrize('family', ['similarity', 'levit'])
-def test_a_shallow_copy_is_not_looked_at(family):
+def test_a_shallow_copy_is_not_recorded(family):
     model, x = build_any(family)
     layer = (model.stages[1] if family == 'levit' else model).blocks[-1]
     with timm_evo.whole_grid(model) as grid:
@@ -362,7 +362,7 @@ def test_a_shallow_copy_is_not_looked_at(family):
         assert len(grid.tokens(tokens)) == len(x)
 
 
-def test_arguments_of_evolution_and_images_may_change_meanwhile():
+def test_arguments_of_evolution_and_images_may_change_within_the_context():
     model = timm.create_model('evo_test_vit', dynamic_img_size=True).eval()
     with timm_evo.whole_grid(model) as grid:
         seen = watch(model, {'last': model.blocks[-1].norm1}, grid.reshape_transform)
@@ -460,7 +460,7 @@ def test_patches_that_are_dropped_in_training_are_no_grid():
 
 
 @pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'levit_128s'])
-def test_a_model_may_be_restored_while_it_is_looked_at(name):
+def test_a_model_may_be_restored_while_it_is_recorded(name):
     dense = timm.create_model(name, **{} if 'levit' in name else dict(img_size=48, patch_size=8, depth=4)).eval()
     classes = [type(module) for module in dense.modules()]
     with timm_evo.whole_grid(timm_evo.evolve(dense)):

@@ -1,7 +1,7 @@
-"""What is commonly done to timm's models, by libraries and by hand, works with evolved ones as with dense ones.
+"""Common changes of timm's models, by libraries and by hand, work for evolved models as for dense ones.
 
-Many of these act on weights or stand around modules. What they make of the queries and keys must count in the scores:
-an altered model has to select the tokens that a plain model with the resulting weights selects.
+Many of them change weights or wrap modules. The scores must depend on the resulting queries and keys: a changed model
+must select the same tokens as a plain model with the resulting weights.
 """
 import copy
 import inspect
@@ -437,10 +437,10 @@ def test_a_copy_between_forward_and_backward_has_its_own_gradients(how, training
         torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
 
 
-def test_a_copy_that_is_made_while_a_block_runs_hears_itself_alone():
+def test_a_copy_that_is_made_while_a_block_runs_has_its_own_scores():
     model, plain = create(), create()
     x, copies = images(plain), []
-    # of a block that is scored, whose queries and keys have been heard by then
+    # of a block that is scored, after the tap has its queries and keys
     hook = model.blocks[3].mlp.register_forward_pre_hook(lambda *_: copies.append(copy.deepcopy(model)))
     model(x).sum().backward()
     hook.remove()

@@ -1,6 +1,6 @@
-"""What the torch and the timm at hand can do, alone and with libraries beside them: tests of the rest are skipped.
+"""Checks of what the installed torch, timm and other libraries can do. Tests of other things are skipped.
 
-Found out by trying, because a library seldom says which torch it needs.
+The checks try it, because few libraries declare which torch they need.
 """
 import copy
 import functools
@@ -101,7 +101,7 @@ def _error_of_kernels() -> str | None:
 
 
 def load_folder(folder: Path | str) -> nn.Module:
-    """timm's model of a folder; the test is skipped where timm loads none."""
+    """timm's model of a folder. The test is skipped if timm cannot load one."""
     skip_without_folders()
     return timm.create_model(f'local-dir:{folder}', pretrained=True)
 

@@ -1,8 +1,8 @@
-"""pytest plugin: timm's own test suite over the evolved models, beside their dense twins.
+"""pytest plugin: timm's own test suite for the evolved models and their dense twins.
 
 timm's suite parametrises itself by `timm.list_models`, with lists of names and modules for what a family supports. This
-plugin puts a `list_models` in its place that lets every such list see `evo_X` as it sees `X`, and keeps of the result
-what is asked for. The suite itself is untouched. `make timm-suite` runs it.
+plugin replaces `list_models`, so that every such list treats `evo_X` as it treats `X`, and selects the models that are
+asked for. The suite itself is unchanged. `make timm-suite` runs it.
 
 A case that does not pass for `evo_X` though it passes for `X` makes the run fail, a skipped one included.
 """
