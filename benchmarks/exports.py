@@ -196,8 +196,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--weights', type=Path, metavar='FILE', help='checkpoint of the dense model (default: pretrained ones)')
     parser.add_argument(
-        '--rounds', type=positive_int, default=15, metavar='N',
-        help=f'timed rounds, {LATENCY_ROUNDS} times as many with one image (default: 15)')
+        '--rounds', type=positive_int, default=31, metavar='N',
+        help=f'timed rounds, {LATENCY_ROUNDS} times as many with one image (default: 31)')
     add_results(parser, ('.json', '.md'))
     return parser.parse_args()
 
