@@ -8,11 +8,8 @@ are ONNX, written by `torch.onnx.export`, and run by onnxruntime and by OpenVINO
 Results are written after each setting, so the same command continues an interrupted run.
 """
 import argparse
-import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -21,18 +18,15 @@ import timm
 import torch
 from common.arguments import positive_int
 from common.environment import describe_environment, summarise_environment
-from common.measuring import LATENCY_ROUNDS, NUM_WARMUP, Variant, measure
+from common.exported import RUNTIMES, THREADS, Run, load_file, median_ratio, time_in_turn
+from common.measuring import LATENCY_ROUNDS, Variant, measure
 from common.report import write_report
-from common.results import add_results, markdown_table
-from torch import Tensor
-from tqdm import tqdm
+from common.results import add_results, markdown_table, read_records
 
 from timm_evo import count_gmacs
 
-THREADS = 2
 SELECTIONS = ('stage', 'similarity')
 SMALL, BASE = 'deit_small_patch16_224', 'deit_base_patch16_224'
-RUNTIMES = ('onnxruntime', 'OpenVINO')
 # by family: model, (pixels, batch size), and the runtime
 SETTINGS = {
     'deit': [
@@ -64,25 +58,10 @@ def time_in_torch(model: str, img_size: int, batch_size: int, compiled: bool, ro
     return {label: result['seconds'] for label, result in results.items()}
 
 
-def load_file(file: Path, runtime: str) -> Callable[[Tensor], Tensor]:
-    """An exported model as a function of images."""
-    if runtime == 'onnxruntime':
-        import onnxruntime
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = THREADS
-        session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
-        return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
-    import openvino
-    # float32, because OpenVINO would use lower precision on some processors
-    config = {'INFERENCE_NUM_THREADS': THREADS, 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
-    compiled = openvino.compile_model(file, 'CPU', config)
-    return lambda images: torch.from_numpy(compiled(images.numpy())[0])
-
-
 def time_files(model: str, img_size: int, batch_size: int, runtime: str, rounds: int) -> dict[str, list[float]]:
     """Seconds per batch in each round."""
     images = torch.randn(batch_size, 3, img_size, img_size)
-    run: dict[str, Callable[[Tensor], Tensor]] = {}
+    run: dict[str, Run] = {}
     with tempfile.TemporaryDirectory() as folder:
         for variant in make_variants(model, img_size):
             file = Path(folder) / f'{variant.label}.onnx'
@@ -92,26 +71,15 @@ def time_files(model: str, img_size: int, batch_size: int, runtime: str, rounds:
             with torch.inference_mode():  # checks that the file computes the same as the model
                 torch.testing.assert_close(run[variant.label](images), original(images), rtol=0, atol=1e-3)
 
-        seconds: dict[str, list[float]] = {label: [] for label in run}
-        for i in tqdm(range(NUM_WARMUP + rounds), desc=runtime, unit='round'):
-            for label in run if i % 2 == 0 else reversed(run):
-                start = time.perf_counter()
-                run[label](images)
-                if i >= NUM_WARMUP:
-                    seconds[label].append(time.perf_counter() - start)
-    return seconds
+        return time_in_turn(run, images, rounds, runtime)
 
 
 def summarise_seconds(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Medians, and medians of the ratios in each round. A larger ratio means faster."""
-
-    def ratio(of: str, to: str) -> float:
-        return statistics.median(b / a for a, b in zip(seconds[of], seconds[to], strict=True))
-
+    """Medians of times and of ratios."""
     return {
         **{f'{label}_ms_per_batch': 1000 * statistics.median(values) for label, values in seconds.items()},
-        **{f'{selection}_to_dense': ratio(selection, 'dense') for selection in SELECTIONS},
-        'similarity_to_stage': ratio('similarity', 'stage'),
+        **{f'{selection}_to_dense': median_ratio(seconds, selection, 'dense') for selection in SELECTIONS},
+        'similarity_to_stage': median_ratio(seconds, 'similarity', 'stage'),
     }
 
 
@@ -155,17 +123,6 @@ def format_text(records: dict[str, dict], environment: dict) -> str:
     return f'{TITLE}\n\n{markdown_table(header, lines)}\n{summarise_environment(environment)}; float32.\n'
 
 
-def read_records(file: Path, environment: dict) -> dict[str, dict]:
-    """Settings of an earlier run, which must have the same machine and versions."""
-    if not file.exists():
-        return {}
-    before = json.loads(file.read_text())
-    for key in ('machine', 'versions'):
-        if before.get(key) != environment[key]:
-            raise SystemExit(f'--results: {file} was measured with another {key}. Use another PREFIX.')
-    return before['settings']
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Speed of the selections, in PyTorch and as exported files.')
     parser.add_argument('--family', choices=SETTINGS, default='deit', help='family of models (default: deit)')
@@ -182,7 +139,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     environment = describe_environment(torch.device('cpu'))
     environment['versions'] |= {name: version(name.lower()) for name in RUNTIMES}
-    records = {} if args.again else read_records(args.results.with_name(args.results.name + '.json'), environment)
+    records = {} if args.again else read_records(args.results, environment)
     settings = SETTINGS[args.family]
     for i, setting in enumerate(settings):
         name = name_setting(setting)

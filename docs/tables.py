@@ -156,6 +156,12 @@ def as_measured(name: str, columns: dict[str, str] | None = None, keep: tuple[st
     return table(['', *columns.values()], shown) + caption(name, machine) + command(name)
 
 
+def speed_notes(name: str) -> dict[str, str]:
+    """Of `benchmarks/speed.py`: how and where each setting was measured."""
+    text = (RESULTS / f'{name}.md').read_text(encoding='utf-8')
+    return dict(re.findall(r'^\* ([\w-]+): (.*)$', re.sub(r'\+cu\d+', '', text), re.MULTILINE))
+
+
 def speed(settings: dict[str, str], name: str = 'speed_cpu') -> str:
     """Of `benchmarks/speed.py`: a row per model, a column per setting, each beside the limit of the products."""
     text = (RESULTS / f'{name}.md').read_text(encoding='utf-8')
@@ -165,10 +171,80 @@ def speed(settings: dict[str, str], name: str = 'speed_cpu') -> str:
         if setting in settings and model.startswith('evo_'):
             found.setdefault(model, {})[setting] = f'{ratio} of {limit.removesuffix(" x")}'
     shown = [[f'`{model}`', *(row.get(setting, '') for setting in settings)] for model, row in found.items()]
-    notes = dict(re.findall(r'^\* ([\w-]+): (.*)$', text, re.MULTILINE))
+    notes = speed_notes(name)
     how = '; '.join(f'{settings[s]}: {re.sub(r"; .*", "", notes[s])}' for s in settings)
-    machine = re.sub(r'\+cu\d+', '', notes[next(iter(settings))].partition('; ')[2])
+    machine = notes[next(iter(settings))].partition('; ')[2]
     return table(['model', *settings.values()], shown) + caption(name, f'{how}. {machine}')
+
+
+def exports() -> str:
+    """Of `benchmarks/exports.py`: a row per format, which leads to its section of the page."""
+    sections = {
+        'ONNX': 'onnx', 'ONNX in int8': 'int8-by-onnxruntime', 'OpenVINO, weights in float16': 'openvino',
+        'torch.export': 'torchexport-and-aotinductor', 'AOTInductor': 'torchexport-and-aotinductor',
+        'torch.jit.trace': 'torchscript'}
+    columns = {
+        'dense, MB': 'dense, MB', 'evolved, MB': 'evolved, MB', 'evolved, largest difference': 'largest difference',
+        'evolved, same class': 'same class', 'evolved : dense, batch 16': 'speed, 16 images',
+        'evolved : dense, batch 1': 'speed, one image'}
+    name = 'exports_cpu'
+    rows, machine = read_result(name)
+    shown = [[f'[{row[""]}](#{sections[row[""]]})', *(row[column] for column in columns)] for row in rows]
+    gmacs = json.loads((RESULTS / f'{name}.json').read_text(encoding='utf-8'))['gmacs']
+    limit = (
+        f'The evolved model has {gmacs["evolved"]:.2f} GMACs, the dense one {gmacs["dense"]:.2f}, so the limit of the '
+        f'speed is {gmacs["dense"] / gmacs["evolved"]:.2f} x.')
+    return f'{table(["format", *columns.values()], shown)}{caption(name, machine)}\n{limit}\n{command(name)}'
+
+
+def hours() -> str:
+    """Of `benchmarks/speed.py`: what one pass over many images takes."""
+    settings = json.loads((RESULTS / 'speed_cpu.json').read_text(encoding='utf-8'))['settings']
+    rows = []
+    for what, number, setting, model in (
+            ('a million images of 224 pixels through DeiT-S', 1_000_000, 'deit-224', 'deit_small_patch16_224'),
+            ('the same through ViT-L/16', 1_000_000, 'vit-224', 'vit_large_patch16_224'),
+            ('an epoch of ImageNet-1k, 1,281,167 images, DeiT-S', 1_281_167, 'deit-train', 'deit_small_patch16_224')):
+        result = settings[setting]
+        dense, evolved = (
+            result['models'][name]['seconds_per_batch']['median'] / result['settings']['batch_size']
+            for name in (model, f'evo_{model}'))
+        in_hours = [f'{number * seconds / 3600:.1f} h' for seconds in (dense, evolved, dense - evolved)]
+        in_hours[2] += f', {1 - evolved / dense:.0%}'
+        rows.append([f'{what} ({1000 * dense:.3g} and {1000 * evolved:.3g} ms per image)', *in_hours])
+    machine = speed_notes('speed_cpu')['deit-224'].partition('; ')[2]
+    return table(['', 'dense', 'evolved', 'saved'], rows) + caption('speed_cpu', machine)
+
+
+def other_methods() -> str:
+    """Of `benchmarks/other_methods.py`: a row per method, from three runs."""
+    runs = {
+        '224 pixels': 'other_methods_cpu', 'DeiT-B at 224 pixels': 'other_methods_base_cpu',
+        '384 pixels': 'other_methods_384_cpu'}
+    found = {what: read_result(name) for what, name in runs.items()}
+    at_224, base_at_224, at_384 = ({row['']: row for row in rows} for rows, _ in found.values())
+    labels = {
+        'timm-evo': 'timm-evo, stage', 'timm-evo, whole last block': 'timm-evo, stage, whole last block',
+        'ToMe': 'ToMe, r = 11 (14 for 256 patches)', "Evo-ViT, authors' code": "Evo-ViT, the authors' code"}
+
+    def ratios(name: str, size: str, at_224: dict[str, Row]) -> str:
+        here = f'{name}, {size}'
+        there = f'evo_deit_{size}_patch16_224' if name == 'timm-evo' else here
+        return f'{at_224[here]["ratio to dense"]} / {at_384.get(there, {}).get("ratio to dense", "-")}'
+
+    shown = []
+    for label, row in at_224.items():
+        name, _, size = label.rpartition(', ')
+        if size == 'small':
+            shown.append([
+                labels.get(name, name), ratios(name, 'tiny', at_224), ratios(name, 'small', at_224),
+                ratios(name, 'base', base_at_224), row['GMACs']])
+    cost = f'GMACs of DeiT-S (dense: {at_224["deit_small_patch16_224"]["GMACs"]})'
+    where = ' '.join(
+        f'{what}: {machine}. [All figures](../benchmarks/results/{runs[what]}.md).'
+        for what, (_, machine) in found.items())
+    header = ['throughput to dense, 224 / 384 pixels', 'DeiT-T', 'DeiT-S', 'DeiT-B', cost]
+    return f'{table(header, shown)}\n({where})\n'
 
 
 # Models
@@ -329,6 +405,12 @@ TABLES: dict[str, Callable[[], str]] = {
     'exported': lambda: as_measured('selections_cpu', SELECTIONS, keep=('onnxruntime', 'OpenVINO')),
     'frozen-cifar10': lambda: as_measured('frozen_cifar10_cpu', {
         'top-1': 'top-1', 'as dense': 'decisions as dense, %', 'ratio to dense': 'throughput to dense'}),
+    'exports': exports,
+    'launches': lambda: as_measured('launches', {
+        'dense': 'dense', 'stage': "`'stage'`", 'stage without kernels': "`'stage'` without kernels",
+        'similarity': "`'similarity'`", 'similarity without kernels': "`'similarity'` without kernels"}),
+    'hours': hours,
+    'other-methods': other_methods,
     'speed-deit': lambda: speed({
         'deit-224': '224 pixels', 'deit-224-compiled': '224, compiled', 'deit-384': '384 pixels',
         'deit-latency': 'one image of 224', 'deit-train': 'training, 224'}),

@@ -56,6 +56,25 @@ def write_json(prefix: Path, record: dict) -> None:
         part.write_text(json.dumps(record, indent=2) + '\n')
 
 
+def read_records(prefix: Path, described: dict) -> dict[str, dict]:
+    """The settings in PREFIX.json, which the same command continues; none if there is no such file.
+
+    Args:
+        prefix: Path without suffixes.
+        described: What else is in the file. What was measured otherwise is an error, but for date and command.
+    """
+    file = prefix.with_name(prefix.name + '.json')
+    if not file.exists():
+        return {}
+    before = json.loads(file.read_text())
+    for key, value in described.items():
+        if key not in ('date', 'command') and before.get(key) != value:
+            raise SystemExit(
+                f'--results: {file} was measured with another {key}: {before.get(key)}, now {value}. '
+                'Use another PREFIX.')
+    return before['settings']
+
+
 def write_results(
         prefix: Path,
         title: str,
