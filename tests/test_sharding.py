@@ -384,4 +384,4 @@ def test_a_model_that_is_sharded_before_it_has_weights_takes_those_of_the_first_
 
 def test_a_checkpoint_that_hides_the_keys_of_sharded_blocks_is_refused_with_the_reason(load):
     for seen in load('refused'):
-        assert 'Block 1 cannot be scored.' in seen['message'] and 'use_reentrant=False' in seen['message']
+        assert 'Block 1 cannot be scored, because' in seen['message'] and 'use_reentrant=False' in seen['message']
