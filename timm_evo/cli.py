@@ -257,7 +257,3 @@ def main(args: list[str] | None = None) -> None:
         parsed.command(parsed)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f'timm-evo: {error}')
-
-
-if __name__ == '__main__':
-    main()

@@ -167,8 +167,8 @@ class ByClassAttention(Selector):
         self._place: Tensor | None = None  # set by kernels: position of each token among those present (B, P + N)
         self._entered: Tensor | None = None  # set by kernels: input of the blocks
 
-    def hear(self, block: int, attention: Tensor) -> None:
-        """Update the scores with the class attention of a block for all tokens present (B, L), see `listens`."""
+    def update_scores(self, block: int, attention: Tensor) -> None:
+        """Update the scores with the class attention (B, L) of a block for all tokens that are present."""
         if self._representative is not None:
             attention = attention[:, :-1]
         self.scores = global_class_attention(self.scores, attention, self.schedule.tradeoff[block])
@@ -199,7 +199,7 @@ class ByClassAttention(Selector):
             return self._select_by_kernels(block, x, scores)
         self._place = None
         self.present = select_tokens(scores, keep_ratio, self.num_prefix_tokens)
-        self.scores = scores.gather(1, self.present) if self.listens(block) else None
+        self.scores = scores.gather(1, self.present) if self.needs_attention(block) else None
         if self.record is not None:
             self.record.note_selected(block, self.present, scores, self.fast_update)
         tokens = sequences.gather_tokens(x, self.present)
@@ -214,7 +214,7 @@ class ByClassAttention(Selector):
         present, self._place, weight, present_scores = launch(
             'select_tokens', scores, num_slow, self.num_prefix_tokens)
         self.present = present
-        self.scores = present_scores if self.listens(block) else None
+        self.scores = present_scores if self.needs_attention(block) else None
         if self.record is not None:
             self.record.note_selected(block, present, scores, self.fast_update)
         tokens = launch('gather_with_representative', x, present, weight, self.fast_update)

@@ -29,8 +29,9 @@ class Selector:
     """Selects the tokens that go through the blocks of a model, in one forward pass.
 
     Before each block, the model calls `enter` to get the tokens of the block. It calls the block with these tokens,
-    their `rotation` and their `attn_mask`. If `listens` is true for the block, the model passes the class attention of
-    the block to `hear`. At any time, `whole` gives the whole grid. A kind of selection provides `_select` and `whole`.
+    their `rotation` and their `attn_mask`. If `needs_attention` is true for the block, the model passes the class
+    attention of the block to `update_scores`. At any time, `whole` gives the whole grid. A kind of selection provides
+    `_select` and `whole`.
 
     Attributes:
         schedule: Schedule of the blocks.
@@ -74,12 +75,12 @@ class Selector:
                 rope, self.present, self.num_prefix_tokens, self._has_representative())
         return x
 
-    def listens(self, block: int) -> bool:
+    def needs_attention(self, block: int) -> bool:
         """Whether a later selection depends on the class attention of this block."""
         return self.schedule.scored[block]
 
-    def hear(self, block: int, attention: Tensor) -> None:
-        """Update the scores with the class attention of a block for all tokens present (B, L), see `listens`."""
+    def update_scores(self, block: int, attention: Tensor) -> None:
+        """Update the scores with the class attention (B, L) of a block for all tokens that are present."""
         raise NotImplementedError
 
     def whole(self, x: Tensor) -> Tensor:

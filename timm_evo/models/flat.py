@@ -199,9 +199,9 @@ class FlatModel(EvolvedModel):
         intermediates: list[Tensor] = []
         for i, block in enumerate(blocks):
             x = selector.enter(i, x)
-            if selector.listens(i):
+            if selector.needs_attention(i):
                 x, attention = self._call_and_score(i, block, x, selector)
-                selector.hear(i, attention)
+                selector.update_scores(i, attention)
             elif i == last and num_read is not None:
                 return short_block.forward_first(block, x, num_read, selector.rotation, selector.attn_mask), []
             else:

@@ -99,12 +99,12 @@ class Listener:
         self._postponed: list[tuple[Tensor, Tensor, Any]] = []
         self._attention: Tensor | None = None
 
-    def hear_query(self, query: Tensor, attn: Any) -> None:
+    def on_query(self, query: Tensor, attn: Any) -> None:
         """Take normalised queries of an attention: (B, H, L, d), or (B, L, H, d) in a block of parallel branches."""
         query = _by_heads(query, attn)
         self._query = class_attention.class_query(query, self.layout, self.rotation, _rotates_half(attn))
 
-    def hear_key(self, key: Tensor, attn: Any) -> None:
+    def on_key(self, key: Tensor, attn: Any) -> None:
         """Take normalised keys of an attention: (B, H, L, d), or (B, L, H, d) in a block of parallel branches."""
         if self._query is None or self._with_gradient != torch.is_grad_enabled():
             return  # a wrapper may have turned gradients off, to recompute the block later without a listener
@@ -283,7 +283,7 @@ class _TappedQuery(Tapped):
         if attn is None:
             return x
         if listener is not None:
-            listener.hear_query(x, attn)
+            listener.on_query(x, attn)
         elif not torch.compiler.is_dynamo_compiling() and not _thread.is_in_model:
             _warn_if_alone(attn, sys._getframe(1))
         return x
@@ -295,7 +295,7 @@ class _TappedKey(Tapped):
         x = super().__call__(x)
         listener, attn = self._listener(), self.attention()
         if listener is not None and attn is not None:
-            listener.hear_key(x, attn)
+            listener.on_key(x, attn)
         return x
 
 
