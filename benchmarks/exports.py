@@ -224,6 +224,7 @@ def main() -> None:
                 print('    measured before')
                 continue
             records[name] = measure(name, models, images, Path(folder), args.rounds)
+            records = {known: records[known] for known in FORMATS if known in records}
             write_report(args.results, format_text(records, described), {**described, 'settings': records})
     print(f'\n{format_text(records, described)}')
 

@@ -185,8 +185,9 @@ def exports() -> str:
         'torch.jit.trace': 'torchscript'}
     columns = {
         'dense, MB': 'dense, MB', 'evolved, MB': 'evolved, MB', 'evolved, largest difference': 'largest difference',
-        'evolved, same class': 'same class', 'evolved : dense, batch 16': 'speed, 16 images',
-        'evolved : dense, batch 1': 'speed, one image'}
+        'evolved, same class': 'same class', 'dense, ms/batch of 16': '16 images, dense, ms',
+        'evolved : dense, batch 16': '16 images, speed', 'dense, ms/batch of 1': 'one image, dense, ms',
+        'evolved : dense, batch 1': 'one image, speed'}
     name = 'exports_cpu'
     rows, machine = read_result(name)
     shown = [[f'[{row[""]}](#{sections[row[""]]})', *(row[column] for column in columns)] for row in rows]

@@ -21,6 +21,8 @@ def load_file(file: Path, runtime: str) -> Run:
         import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = THREADS
+        # or threads that wait for more work would take the cores from the file that is timed next
+        options.add_session_config_entry('session.force_spinning_stop', '1')
         session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
         return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
     import openvino
