@@ -248,6 +248,14 @@ def other_methods() -> str:
     return f'{table(header, shown)}\n({where})\n'
 
 
+def tuned(name: str = 'tuned_deit_tiny_cpu') -> str:
+    """What `timm-evo tune` printed, and what was measured afterwards."""
+    text = (RESULTS / f'{name}.md').read_text(encoding='utf-8')
+    printed, again, machine = re.fullmatch(r'.*?(```text.*?```)\n\n(.*)\n\n(.*)\.\n', text, re.DOTALL).groups()
+    machine = re.sub(r'\+cu\d+', '', machine)
+    return f'{printed}\n\n{again}\n{caption(name, machine)}{command(name)}'
+
+
 # Models
 
 
@@ -390,6 +398,7 @@ def arguments() -> str:
 SLOW = {'models': models}
 TABLES: dict[str, Callable[[], str]] = {
     'arguments': arguments,
+    'tuned': tuned,
     'frozen-classifier': frozen_classifier,
     'frozen-classifier-all': lambda: as_measured('frozen_deit_tiny_cpu'),
     'frozen-features-short': frozen_features_short,

@@ -102,6 +102,7 @@ class Tuned:
                               textcoords='offset points', fontsize=8)
         axis.set(xlabel='speed-up over the dense model', ylabel='share of images that get the same class'
                  if self.is_classifier else 'cosine to the dense features')
+        axis.margins(x=0.08)  # room for the last label
         axis.grid(alpha=0.3)
         axis.legend()
         return figure
