@@ -57,7 +57,7 @@ def command(name: str) -> str:
     line = re.sub(r'(?<=--results )\S+', f'benchmarks/results/{name}', line)
     lines = ['']
     for option in re.split(r' (?=--)', line):
-        if len(lines[-1]) + len(option) > 112:
+        if len(lines[-1]) + len(option) > 86:  # the width of a page
             lines.append('   ')
         lines[-1] = f'{lines[-1]} {option}'
     return '\n```\n' + ' \\\n'.join(lines).lstrip() + '\n```\n'
@@ -328,7 +328,8 @@ def model_row(name: str) -> list[str]:
         gmacs.append(re.search(r'dense ([\d.]+)' if keep_ratio == 1 else r'GMACs +([\d.]+)', text)[1])
         tokens.append(re.findall(r'^  \d+(?: to \d+)? +(\d+)$', text, re.MULTILINE)[-1])
     size = re.search(r'images +\d+ x (\d+)', text)[1]
-    return [f'`{name}`', size, ', '.join(tokens), ', '.join(gmacs)]
+    in_one_line = ',\N{NO-BREAK SPACE}'.join
+    return [f'`{name}`', size, in_one_line(tokens), in_one_line(gmacs)]
 
 
 def published_accuracy() -> dict[str, str]:
@@ -359,16 +360,14 @@ def measured_throughput() -> dict[str, dict[str, str]]:
 
 def models() -> str:
     throughput, accuracy = measured_throughput(), published_accuracy()
-    rows, seen = [], set()
+    rows = []
     for family in FAMILIES:
+        rows.append([f'**{family.note}**', *[''] * 6])
         for name in family.examples:
-            if name not in seen:
-                seen.add(name)
-                ratios = throughput.get(name, {})
-                rows.append([family.note if name == family.examples[0] else '', *model_row(name),
-                             ratios.get('stage', ''), ratios.get('similarity', ''), accuracy.get(name, '')])
-    header = ['weights', 'model', 'input', 'tokens', 'GMACs', "`'stage'`", "`'similarity'`", 'top-1']
-    return table(header, rows)
+            ratios = throughput.get(name, {})
+            rows.append([
+                *model_row(name), ratios.get('stage', ''), ratios.get('similarity', ''), accuracy.get(name, '')])
+    return table(['model', 'input', 'tokens', 'GMACs', "`'stage'`", "`'similarity'`", 'top-1'], rows)
 
 
 def family_of(name: str) -> Family | None:

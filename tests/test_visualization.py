@@ -41,7 +41,7 @@ def read_page(file) -> dict:
     ('evo_deit_tiny_patch16_224', SMALL, 2),
     ('evo_levit_128s', dict(img_size=128), 2),
 ])
-def test_the_figure_has_a_column_for_each_selection(name, kwargs, num_selections, photo, tmp_path):
+def test_the_figure_has_a_picture_for_each_selection(name, kwargs, num_selections, photo, tmp_path):
     model = timm.create_model(name, **kwargs)
     figure = timm_evo.visualize(photo, model)
     titles = [axis.get_title() for axis in figure.axes]
@@ -51,6 +51,18 @@ def test_the_figure_has_a_column_for_each_selection(name, kwargs, num_selections
     photo.save(tmp_path / 'photo.png')
     figure = timm_evo.visualize(tmp_path / 'photo.png', model, keep_ratio=0.9)
     assert "keep_ratio=0.9" in figure.get_suptitle() and model.evolution['keep_ratio'] == 0.5
+
+
+@pytest.mark.parametrize('kwargs, rows', [
+    (dict(selection='similarity', depth=12),
+     [['image', 'block 3', 'block 4', 'block 5'], ['block 6', 'block 7', '', '']]),
+    (dict(selection='layer', depth=9, start_block=2),
+     [['image', 'block 2', 'block 3', 'block 4'], ['', 'scores', 'scores', 'scores'],
+      ['block 5', 'block 6', 'block 7', 'block 8'], ['scores'] * 4]),
+])
+def test_many_selections_are_drawn_in_rows_of_four(kwargs, rows, photo):
+    figure = timm_evo.visualize(photo, create(**kwargs))
+    assert [axis.get_title().partition(':')[0] for axis in figure.axes] == sum(rows, [])
 
 
 def test_a_dense_model_is_evolved_for_the_picture(photo):
@@ -225,7 +237,7 @@ def test_by_similarity_each_group_has_its_mean_colour_and_none_is_dark(photo, dr
     pixels, shown = drawn()
     selections = timm_evo.trace(model, pixels)
     assert selections
-    for axis, selection in zip(figure.axes[1:], selections, strict=True):
+    for axis, selection in zip(figure.axes[1:1 + len(selections)], selections, strict=True):
         assert f'36 patches, {selection.slow.sum()} tokens' in axis.get_title()
         picture = torch.as_tensor(np.asarray(axis.images[0].get_array()))
         for place in selection.follows.unique():

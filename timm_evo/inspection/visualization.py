@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -34,6 +35,7 @@ __all__ = ['visualize', 'write_page']
 PAGE = 'page.html'
 KEEP_RATIOS = (0.3, 0.5, 0.7, 0.9)
 Photo = Image.Image | str | os.PathLike | np.ndarray
+_MAX_COLUMNS = 4  # a figure of more is hard to read on a page
 _ALLOWED = (
     'a photo (an image of Pillow, its file, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8), or a tensor '
     '(C, H, W) that is prepared for the model')
@@ -47,7 +49,7 @@ def visualize(
 ) -> 'Figure':
     """Draw which patches of an image a model selects or averages, with the predictions of the dense and evolved model.
 
-    The figure has one column for each selection. In the published selections, patches that skip the blocks are dark,
+    The figure has one picture for each selection. In the published selections, patches that skip the blocks are dark,
     and the scores of the selection are below. In selection='similarity' no patch is skipped: all patches whose tokens
     are averaged into one have their mean colour.
 
@@ -84,7 +86,8 @@ def visualize(
         if prediction is not None:
             title.append(f'{kind}: ' + ', '.join(f'{name} {share:.0%}' for name, share in prediction))
     has_scores = any(selection.scores is not None for selection in selections)
-    num_rows, num_columns = 1 + has_scores, 1 + len(selections)
+    num_columns = min(1 + len(selections), _MAX_COLUMNS)
+    num_rows = (1 + has_scores) * math.ceil((1 + len(selections)) / num_columns)
     figure = Figure(figsize=(2.4 * num_columns, 1.0 + 2.6 * num_rows), layout='constrained')
     axes = figure.subplots(num_rows, num_columns, squeeze=False)
     for axis in axes.flat:
@@ -95,16 +98,18 @@ def visualize(
     axes[0, 0].imshow(photo.numpy())
     axes[0, 0].set_title('image', fontsize=9)
     for i, selection in enumerate(selections, start=1):
+        row, column = (1 + has_scores) * (i // num_columns), i % num_columns
+        axis = axes[row, column]
         num_kept, num_patches = int(selection.slow[0].sum()), selection.slow[0].numel()
         if selection.scores is None:
-            axes[0, i].set_title(f'block {selection.block}: {num_patches} patches, {num_kept} tokens', fontsize=9)
-            _draw_groups(axes[0, i], photo, selection)
+            axis.set_title(f'block {selection.block}: {num_patches} patches, {num_kept} tokens', fontsize=9)
+            _draw_groups(axis, photo, selection)
         else:
-            axes[0, i].set_title(f'block {selection.block}: {num_kept} of {num_patches} patches', fontsize=9)
+            axis.set_title(f'block {selection.block}: {num_kept} of {num_patches} patches', fontsize=9)
             slow = _to_pixels(selection.slow[0].cpu(), photo).unsqueeze(2)
-            axes[0, i].imshow((photo * (0.2 + 0.8 * slow)).numpy())
-            axes[1, i].imshow(selection.scores[0].float().cpu().numpy(), cmap='viridis')
-            axes[1, i].set_title('scores', fontsize=9)
+            axis.imshow((photo * (0.2 + 0.8 * slow)).numpy())
+            axes[row + 1, column].imshow(selection.scores[0].float().cpu().numpy(), cmap='viridis')
+            axes[row + 1, column].set_title('scores', fontsize=9)
     return figure
 
 
