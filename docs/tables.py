@@ -329,6 +329,7 @@ def model_row(name: str) -> list[str]:
         tokens.append(re.findall(r'^  \d+(?: to \d+)? +(\d+)$', text, re.MULTILINE)[-1])
     size = re.search(r'images +\d+ x (\d+)', text)[1]
     in_one_line = ',\N{NO-BREAK SPACE}'.join
+    gmacs = [f'{value:.2f}' if value < 100 else f'{value:.0f}' for value in map(float, gmacs)]
     return [f'`{name}`', size, in_one_line(tokens), in_one_line(gmacs)]
 
 
@@ -362,12 +363,12 @@ def models() -> str:
     throughput, accuracy = measured_throughput(), published_accuracy()
     rows = []
     for family in FAMILIES:
-        rows.append([f'**{family.note}**', *[''] * 6])
+        rows.append([f'**{family.note}**', *[''] * 5])
         for name in family.examples:
             ratios = throughput.get(name, {})
-            rows.append([
-                *model_row(name), ratios.get('stage', ''), ratios.get('similarity', ''), accuracy.get(name, '')])
-    return table(['model', 'input', 'tokens', 'GMACs', "`'stage'`", "`'similarity'`", 'top-1'], rows)
+            speed = ',\N{NO-BREAK SPACE}'.join(ratios.get(selection, '-') for selection in ('stage', 'similarity'))
+            rows.append([*model_row(name), speed if ratios else '', accuracy.get(name, '')])
+    return table(['model', 'input', 'tokens', 'GMACs', 'throughput', 'top-1'], rows)
 
 
 def family_of(name: str) -> Family | None:

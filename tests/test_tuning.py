@@ -274,7 +274,8 @@ def test_the_search_finds_the_schedule_that_loses_least():
     assert found == best
 
 
-def test_the_command_prints_a_table_and_writes_settings(tmp_path, capsys, no_timing, monkeypatch):
+def test_the_command_prints_a_table_and_writes_settings_and_with_matplotlib_the_curve(
+        tmp_path, capsys, no_timing, monkeypatch):
     torch.manual_seed(0)
     for i in range(40):
         folder = tmp_path / 'images' / f'class{i % 2}'
@@ -282,16 +283,22 @@ def test_the_command_prints_a_table_and_writes_settings(tmp_path, capsys, no_tim
         pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
         Image.fromarray(pixels).resize((200, 180)).save(folder / f'{i}.png')
     file = tmp_path / 'tuned.json'
-    cli.main([
+    arguments = [
         'tune', 'vit_tiny_patch16_224', '--images', str(tmp_path / 'images'), '--checkpoint',
         str(weights(tmp_path)), '--model-kwargs', 'num_classes=2', 'img_size=64', '--keep-ratio', '0.5', '--save',
-        str(file)])
+        str(file)]
+    cli.main(arguments)
     printed = capsys.readouterr().out
     assert 'tuned' in printed and 'top-1' in printed
     settings = json.loads(file.read_text())
     line = next(line for line in printed.splitlines() if line.startswith('--model-kwargs '))
     assert dict(map(cli.key_value, line.split()[1:])) == settings  # as timm's scripts read them
     assert Image.open(tmp_path / 'tuned.png').size[0] > 100
+
+    (tmp_path / 'tuned.png').unlink()
+    monkeypatch.setattr(cli, 'find_spec', lambda name: None)  # as if matplotlib were not installed
+    cli.main(arguments)
+    assert json.loads(file.read_text()) == settings and not (tmp_path / 'tuned.png').exists()
 
 
 def weights(folder):

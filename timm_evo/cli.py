@@ -6,6 +6,7 @@ import argparse
 import ast
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _visualize(args: argparse.Namespace) -> None:
 
 
 def _tune(args: argparse.Namespace) -> None:
-    if args.save is not None and args.plot is None:
+    if args.save is not None and args.plot is None and find_spec('matplotlib') is not None:
         args.plot = args.save.with_suffix('.png')
     if args.plot is not None and args.plot.suffix.lower() not in PICTURES:
         raise ValueError(f'--plot {args.plot} is not allowed. It must end with {_PICTURES}.')
@@ -222,8 +223,8 @@ def _parse_args(args: list[str] | None) -> argparse.Namespace:
     tune.add_argument('--compile', action='store_true', help='measure the speed of compiled models')
     tune.add_argument(
         '--save', type=Path, metavar='FILE.json',
-        help='write the settings to this file, and the curve to FILE.png. Measurements are written to '
-             'FILE.measured.json, with which the same command continues after an interruption')
+        help='write the settings to this file, and the curve to FILE.png if matplotlib is installed. Measurements are '
+             'written to FILE.measured.json, with which the same command continues after an interruption')
     tune.add_argument('--plot', type=Path, metavar='FILE', help='file for the curve (default: FILE.png of --save)')
 
     convert = commands.add_parser(
