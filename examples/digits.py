@@ -1,7 +1,7 @@
 """ Handwritten digits: a dense model and its evolved twin, trained side by side
 
 Trains `deit_tiny_patch16_224` and `evo_deit_tiny_patch16_224`, both shrunk to the small images that come with
-scikit-learn (8x8 patch tokens, 6 blocks), in two to three minutes on two CPU cores:
+scikit-learn (8x8 patch tokens, 6 blocks), in one to three minutes on two CPU cores:
 
     python examples/digits.py
 
