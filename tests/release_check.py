@@ -1,4 +1,4 @@
-"""A dry run of a release: build, check, install in an environment with only pip, run the README, and uninstall.
+"""A dry run of a release: build, check, install from a local index where there is only pip, use, and uninstall.
 
     python tests/release_check.py --python python3.10 --torch 2.5.1
 
@@ -17,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from test_documentation import read_blocks
+
+from timm_evo import __version__
 
 ROOT = Path(__file__).parents[1]
 # What runs the README in the new environment, which has no pytest: a page from top to bottom in one namespace.
@@ -57,19 +59,26 @@ def run(*command: str | Path, environment: dict[str, str] | None = None, **kwarg
     return result.stdout
 
 
-def build(folder: Path) -> Path:
-    """Build both distributions, check them, and return the wheel, which was built from the sdist."""
+def build(folder: Path) -> str:
+    """Build both distributions, check them, and make a package index of them. The wheel is built from the sdist.
+
+    Returns:
+        Address of the index.
+    """
     run(sys.executable, '-m', 'build', '--outdir', folder, ROOT)
     sdist, wheel = next(folder.glob('*.tar.gz')), next(folder.glob('*.whl'))
     print(run(sys.executable, '-m', 'twine', 'check', '--strict', sdist, wheel), end='')
     with tarfile.open(sdist) as file, zipfile.ZipFile(wheel) as zipped:
         print(f'{sdist.name}: {len(file.getnames())} files, {sdist.stat().st_size / 1e6:.1f} MB')
         print(f'{wheel.name}: {len(zipped.namelist())} files, {wheel.stat().st_size / 1e6:.2f} MB')
-    return wheel
+    page = folder / 'index' / 'timm-evo' / 'index.html'
+    page.parent.mkdir(parents=True)
+    page.write_text(''.join(f'<a href="{file.as_uri()}">{file.name}</a>\n' for file in (sdist, wheel)))
+    return page.parents[1].as_uri()
 
 
-def check(wheel: Path, folder: Path, args: argparse.Namespace) -> None:
-    """Install the wheel in a new environment, use it as the README says, and uninstall it."""
+def check(index: str, folder: Path, args: argparse.Namespace) -> None:
+    """Install the package from the index in a new environment, use it as the README says, and uninstall it."""
     # nothing that this process sees may be seen there; there are no weights to download
     environment = {name: value for name, value in os.environ.items() if not name.startswith('PYTHON')}
     environment |= {'HF_HUB_OFFLINE': '1', 'PYTHONWARNINGS': 'error:::timm_evo'}
@@ -79,7 +88,8 @@ def check(wheel: Path, folder: Path, args: argparse.Namespace) -> None:
         link_packages(args.packages, Path(run(
             python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))', environment=environment).strip()))
     pins = [f'{name}=={pin}' for name, pin in (('torch', args.torch), ('timm', args.timm)) if pin != 'newest']
-    run(python, '-m', 'pip', 'install', '--quiet', wheel, *pins, environment=environment)
+    run(python, '-m', 'pip', 'install', '--quiet', '--extra-index-url', index, f'timm-evo=={__version__}', *pins,
+        environment=environment)
     if args.packages is None:  # a folder may have more in it than goes together
         run(python, '-m', 'pip', 'check', environment=environment)
 
@@ -120,8 +130,8 @@ def main() -> None:
         '--packages', type=Path, metavar='DIR', help='site-packages to see instead of installing them')
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
-        wheel = build(Path(folder) / 'dist')
-        check(wheel, Path(folder), args)
+        index = build(Path(folder) / 'dist')
+        check(index, Path(folder), args)
     print('released as it stands, this works')
 
 
