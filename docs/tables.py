@@ -366,8 +366,9 @@ def models() -> str:
         rows.append([f'**{family.note}**', *[''] * 5])
         for name in family.examples:
             ratios = throughput.get(name, {})
-            speed = ',\N{NO-BREAK SPACE}'.join(ratios.get(selection, '-') for selection in ('stage', 'similarity'))
-            rows.append([*model_row(name), speed if ratios else '', accuracy.get(name, '')])
+            speed = ', '.join(ratios.get(selection, '-') for selection in ('stage', 'similarity'))
+            rows.append([
+                *model_row(name), speed.replace(' ', '\N{NO-BREAK SPACE}') if ratios else '', accuracy.get(name, '')])
     return table(['model', 'input', 'tokens', 'GMACs', 'throughput', 'top-1'], rows)
 
 
