@@ -34,7 +34,7 @@ def images():
 
 @pytest.fixture
 def no_timing(monkeypatch):
-    """Speed-ups are ratios of multiply-accumulates, because measured ones differ from run to run. The search is short."""
+    """Speed-ups are ratios of multiply-accumulates, because measured ones differ from run to run; a short search."""
     def speedups(self, schedules):
         dense = self._space.cost([1.] * self._space.depth)
         return [dense / self._space.cost(shares) for shares in schedules]
