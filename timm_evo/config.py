@@ -24,8 +24,8 @@ class EvolutionConfig:
     Args:
         keep_ratio: Share of the patch tokens on the slow path, in (0, 1]: one number, or one per segment. In
             'similarity' it is the mean share over the evolved blocks, or one share per block (see
-            `method.schedule.make_similarity_schedule`). The same number costs about the same in each selection, and 1.0
-            is exactly the dense model.
+            `method.schedule.make_similarity_schedule`). The same number costs about the same in each selection. With
+            1.0 no token is left out or averaged.
         start_block: First block that evolves, at least 1. None for a third of the depth, rounded: 4 of 12 blocks. In
             'similarity', None stands for a quarter of the depth (3 of 12), or for 1 if `keep_ratio` has one number per
             block. In a LeViT, whose blocks are counted through the stages, None stands for 2.

@@ -24,7 +24,8 @@ def whole_grid(model: nn.Module) -> 'Iterator[WholeGrid]':
     The selections are those of the last forward pass inside the `with`, which any code may call:
 
         with timm_evo.whole_grid(model) as grid:
-            handle = model.blocks[7].register_forward_hook(lambda block, args, out: seen.append(grid.tokens(out)))
+            handle = model.blocks[7].register_forward_hook(
+                lambda block, args, out: seen.append(grid.tokens(out)))
             model(images)
 
     Args:
