@@ -142,7 +142,7 @@ def as_measured(name: str, columns: dict[str, str] | None = None, keep: tuple[st
         keep: What the first cells of the rows end with.
     """
     rows, machine = read_result(name)
-    rows = [row for row in rows if row[''].endswith(keep)]
+    rows = [row for row in rows if row[''].endswith(keep) and 'earlier rule' not in row['']]  # which had no release
     columns = columns or {column: column for row in rows[:1] for column in row if column}
     order = {'dense': 0, 'similarity': 1, 'published': 2, 'stage': 2, 'layer': 3}
 
