@@ -48,7 +48,7 @@ class FlatModel(EvolvedModel):
     not implemented here.
     """
     ARGUMENTS = tuple(name for name in ARGUMENTS if name not in ('class_token', 'learn_tradeoff'))
-    ABSENT_ARGUMENTS = {'learn_tradeoff': 'only a LeViT learns its trade-offs, as in the paper'}
+    ABSENT_ARGUMENTS = {'learn_tradeoff': "only a LeViT learns its trade-offs, as in the authors' code"}
 
     def __init__(self, *args, **kwargs) -> None:
         arguments, kwargs = self.split_arguments(kwargs)
